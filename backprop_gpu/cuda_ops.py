@@ -1,0 +1,122 @@
+"""The engine's instruction set on CuPy: `numpy_ops`, name for name and argument for argument, on device arrays.
+
+Plain CuPy lines, each one or a few launches; they stand until a CUDA kernel of `kernels/` takes the place of each. Nothing
+here waits for the device or copies to or from the host. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import cupy as cp
+import cupy as xp  # the array module, under the name that code for both backends uses
+
+from .activations import Activation, Array
+from .costs import Cost
+from .optimizers import Optimizer, Slots
+
+__all__ = [
+    "affine_activate", "count", "dot_targets", "gather", "gradients", "hidden_delta", "output", "output_delta",
+    "scratch", "subtract_targets", "update", "xp",
+]  # fmt: skip
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
+    """An uninitialised array from CuPy's memory pool."""
+    return cp.empty(shape, dtype)
+
+
+def _like(M: Array, n: int) -> tuple[Array, ...]:
+    return tuple(cp.empty_like(M) for _ in range(n))
+
+
+def gather(data: Array, rows: Array | slice, out: Array) -> None:
+    """out = data[rows]; where data is uint8 and out is not, out = data[rows] / 255. `rows` are valid indices, or a slice."""
+    out[...] = data[rows]
+    if data.dtype != out.dtype:
+        cp.divide(out, 255, out=out)
+
+
+def affine_activate(W: Array, A_below: Array, b: Array | None, f: Activation, Z: Array, A: Array) -> None:
+    """Z = W A_below + b, A = f(Z). Z and A may be one array; then only A is left in it."""
+    cp.matmul(A_below, W.T, out=Z)
+    if b is not None:
+        cp.add(Z, b, out=Z)
+    f.value(cp, Z, A, _like(Z, 2))
+
+
+def output(g: Activation, Z: Array, A: Array) -> None:
+    """A = g(Z), for output functions, softmax over rows among them."""
+    g.value(cp, Z, A, _like(Z, 2))
+
+
+def output_delta(cost: Cost, g: Activation, Z: Array, T: Array, weight: float, Delta: Array, C: Array) -> None:
+    """C = C_i of each sample, (m,); Delta = weight dC_i/dZ[L]. T: labels (m,) or rows (m, K)."""
+    cost.output_delta(sys.modules[__name__], g, Z, T, Delta, C)
+    cp.multiply(Delta, weight, out=Delta)
+
+
+def hidden_delta(W: Array, Delta: Array, f: Activation, Z: Array, A: Array, out: Array) -> None:
+    """out = f'(Z) ⊙ (W^T Delta), where W and Delta are the layer above's; f' is taken from A or Z as f says."""
+    cp.matmul(Delta, W, out=out)
+    if f.derivative is not None:
+        D, *s = _like(out, 3)
+        f.derivative(cp, Z if f.derivative_from == "Z" else A, D, s)
+        cp.multiply(out, D, out=out)
+
+
+def gradients(Delta: Array, A_below: Array, dW: Array, db: Array | None) -> None:
+    """dW = Delta A_below^T, db = Delta 1. The 1/m stands in Delta already."""
+    cp.matmul(Delta.T, A_below, out=dW)
+    if db is not None:
+        Delta.sum(axis=0, out=db)
+
+
+def count(task: str, g: Activation, Z: Array, T: Array, C: Array, out: Array) -> None:
+    """out = [sum of the costs C, number of samples predicted right], two float64; see `Network.task` for the rules."""
+    out[0] = C.sum(dtype=cp.float64)
+    if not g.increasing:
+        Y = cp.empty_like(Z)
+        output(g, Z, Y)
+        Z = Y
+    if task == "labels":
+        wanted = T if T.ndim == 1 else T.argmax(axis=1)
+        out[1] = (Z.argmax(axis=1) == wanted).sum()
+    elif task in ("binary", "multilabel"):
+        out[1] = ((Z > 0) == (T > 0.5)).all(axis=1).sum()
+
+
+def update(
+    rule: Optimizer, theta: Array, gradient: Array, slots: Slots, lr: float, t: int, measured: Array, diverged: Array
+) -> bool:
+    """Apply `rule` to the flat vectors as step t (from 1), unless the run has left the finite numbers.
+
+    As in `numpy_ops.update`, but decided on the device, so that nobody waits: always returns True.
+    """
+    norm2 = cp.dot(gradient, gradient)
+    finite = cp.isfinite(measured[0]) & cp.isfinite(norm2)
+    diverged[0] = cp.where((diverged[0] == 0) & ~finite, t, diverged[0])
+    live = diverged[0] == 0
+    old = theta, *slots
+    new = tuple(v.copy() for v in old)
+    rule.apply(cp, new[0], gradient, new[1:], rule.coefficients(lr, t), _like(theta, 2))  # type: ignore[arg-type]
+    for kept, v in zip(old, new, strict=True):
+        kept[...] = cp.where(live, v, kept)
+    return True
+
+
+def dot_targets(T: Array, M: Array, out: Array) -> None:
+    """out_i = sum_k t_k M_ik; labels T pick one entry a row."""
+    if T.ndim == 1:
+        out[...] = M[cp.arange(len(T)), T]
+    else:
+        (T * M).sum(axis=1, out=out)
+
+
+def subtract_targets(M: Array, T: Array) -> None:
+    """M = M - T, in place; labels T stand for one-hot rows."""
+    if T.ndim == 1:
+        M[cp.arange(len(T)), T] -= 1
+    else:
+        cp.subtract(M, T, out=M)

@@ -1,0 +1,77 @@
+"""NumPy's own files: .npz archives with x_train, y_train, x_test, y_test, and single .npy arrays. Never pickled ones."""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from ..errors import DataError
+
+MAX_BYTES = 1 << 32  # of one array, unpacked
+
+
+def read_npy(path: Path, max_bytes: int = MAX_BYTES) -> np.ndarray:
+    """The array of a .npy file. Raises DataError for a file that is missing, damaged, pickled or too large."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            return _read(file, os.fstat(file.fileno()).st_size, str(path), max_bytes)
+    except OSError as e:
+        raise DataError(f"{path} cannot be read: {e.strerror or e}", "check the path and its permissions") from None
+
+
+def read_npz(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, of those among x_train, y_train, x_test, y_test. Raises DataError as `read_npy`."""
+    path = Path(path)
+    arrays = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename: info for info in archive.infolist()}
+            for name in ("x_train", "y_train", "x_test", "y_test"):
+                if info := members.get(f"{name}.npy"):
+                    with archive.open(info) as file:
+                        arrays[name] = _read(file, info.file_size, f"{path}: {name}", max_bytes)
+    except OSError as e:
+        raise DataError(f"{path} cannot be read: {e.strerror or e}", "check the path and its permissions") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as e:
+        raise DataError(f"{path} is not a sound .npz file: {e}", "write it again with numpy.savez") from None
+    return arrays
+
+
+def _read(file: IO[bytes], size: int, what: str, max_bytes: int) -> np.ndarray:
+    """One array in .npy form of `size` bytes, header included; memory is taken only after the header has been checked."""
+    cure = "write it again with numpy.save or numpy.savez, as plain numbers"
+    try:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"version {version} of the format is for structured arrays only")
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(file)
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as e:
+        raise DataError(f"{what} is not a sound .npy array: {(str(e).splitlines() or ['?'])[0]}", cure) from None
+    if dtype.hasobject or dtype.kind not in "biuf":
+        raise DataError(f"{what} holds {dtype}, not plain numbers: pickled objects are never read", cure)
+    expected = math.prod(shape) * dtype.itemsize
+    there = size - file.tell()
+    if any(n < 0 for n in shape) or expected != there:
+        raise DataError(f"{what} announces {expected} bytes, shape {shape}, but holds {there}", cure)
+    if expected > max_bytes:
+        raise DataError(f"{what} announces {expected} bytes, more than the limit of {max_bytes}", cure)
+    data = bytearray(expected)
+    view, at = memoryview(data), 0
+    while at < expected:
+        piece = file.read(min(1 << 20, expected - at))
+        if not piece:
+            raise DataError(f"{what} is truncated: {at} of {expected} bytes", cure)
+        view[at : at + len(piece)] = piece
+        at += len(piece)
+    if file.read(1):
+        raise DataError(f"{what} goes on after its {expected} bytes", cure)
+    array = np.frombuffer(data, dtype)
+    return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)

@@ -1,0 +1,152 @@
+"""What users hand over, checked once at the door: features X and targets T.
+
+Inside the engine nothing is checked again. Everything here works on NumPy and CuPy arrays alike, on the device where
+they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .activations import Array
+from .backend import is_cupy
+from .errors import DataError
+
+_CHUNK = 1 << 20  # elements looked at a time, so that a check never needs much memory
+
+
+def features(X: Any, width: int, dtype: np.dtype, check_finite: bool = True) -> Array:
+    """X as a C-contiguous (m, width) array: uint8 as it is (it means x / 255), everything else in `dtype`.
+
+    X may be anything that NumPy reads as numbers: (m, width), or images (m, h, w). Integers other than uint8, booleans and
+    other float types are converted, values kept. An array that fits already is not copied.
+
+    Raises DataError for other dtypes (object, complex, text, dates), another number of dimensions or features, no
+    samples, and NaN or infinity (the first one's place is named).
+    """
+    X = _numeric("X", X)
+    if X.ndim < 2:
+        raise DataError(
+            f"X has {X.ndim} dimension{'s' * (X.ndim != 1)}, shape {X.shape}",
+            "pass one row a sample: X.reshape(1, -1) for one sample, X.reshape(-1, 1) for one feature",
+        )
+    if len(X) == 0:
+        raise DataError("X has no samples", "pass at least one row")
+    X = X.reshape(len(X), -1) if X.size else X.reshape(len(X), 0)
+    if X.shape[1] != width:
+        raise DataError(
+            f"X has {X.shape[1]} features, the network takes {width}",
+            "pass samples of that width, or build the network with layers that begin with the data's",
+        )
+    return X if X.dtype == np.uint8 and X.flags.c_contiguous else _as_numbers("X", X, dtype, check_finite, keep_uint8=True)
+
+
+def targets(T: Any, m: int, K: int, cost: str, dtype: np.dtype) -> Array:
+    """T as integer labels (m,) or as rows (m, K) in `dtype`, for m samples, K outputs and a cost by name.
+
+    Integer labels (m,) mean one-hot rows, whatever the cost; where K = 1, (m,) are the targets themselves. Raises DataError
+    where a label is outside 0..K-1, targets are not finite, rows do not sum to 1 for cross_entropy, are outside 0..1 for
+    binary_cross_entropy, or shapes do not fit.
+    """
+    T = _numeric("T", T)
+    if T.ndim == 0 or len(T) != m:
+        raise DataError(
+            f"X has {m} samples, T has {len(T) if T.ndim else 'none'}", "pass one target a sample, in the same order"
+        )
+    whole = T.dtype.kind in "iu"
+    if T.ndim == 1 and (K > 1 or (whole and cost == "cross_entropy")):
+        if not whole:
+            raise DataError(
+                f"T has shape ({m},) and dtype {T.dtype}, but the network has {K} outputs",
+                "pass integer labels, T.astype(int), or one row of targets a sample",
+            )
+        return _labels(T, K)
+    T = T.reshape(m, 1) if T.ndim == 1 else T
+    if T.shape != (m, K):
+        cure = "pass labels as a vector: T.ravel()" if T.shape == (m, 1) else f"pass targets of shape ({m}, {K})"
+        raise DataError(f"T has shape {T.shape}, the network has {K} outputs", cure)
+    T = _as_numbers("T", T, dtype, check_finite=True)
+    if cost == "cross_entropy":
+        total = T.sum(axis=1, dtype=np.float64)
+        _refuse_rows(
+            (abs(total - 1) > 1e-3) | (T < 0).any(axis=1),
+            "T is not a probability distribution at row {}",
+            "cross_entropy wants labels, one-hot rows, or probabilities that sum to 1 in each row",
+        )
+    elif cost == "binary_cross_entropy":
+        _refuse_rows(
+            ((T < 0) | (T > 1)).any(axis=1),
+            "T is outside 0..1 at row {}",
+            "binary_cross_entropy wants targets from 0 to 1; scale them, or use squared_error",
+        )
+    return T
+
+
+def _labels(T: Array, K: int) -> Array:
+    low, high = int(T.min()), int(T.max())  # also for CuPy arrays, whose indexing would wrap instead of raising
+    if low < 0 or high >= K:
+        bad = (T < 0) | (T >= K)
+        row = int(bad.argmax())
+        raise DataError(
+            f"labels must be in 0..{K - 1}, found {int(T[row])} at row {row}",
+            "number the classes from 0, or give the network as many outputs as there are classes",
+        )
+    return T.astype(np.intp)
+
+
+def _numeric(what: str, a: Any) -> Array:
+    """`a` as an array of booleans, integers or floats, still in its own dtype."""
+    if not is_cupy(a):
+        try:
+            a = np.asarray(a)
+        except (ValueError, TypeError, RuntimeError) as e:
+            lines = str(e).splitlines() or [type(e).__name__]
+            raise DataError(f"{what} is not an array: {lines[0]}", "pass an array of numbers, rows of equal length") from None
+    if a.dtype.kind not in "biuf":
+        raise DataError(
+            f"{what} has dtype {a.dtype}", "pass real numbers: convert it with .astype(float), sparse data with .toarray()"
+        )
+    return a
+
+
+def _as_numbers(what: str, a: Array, dtype: np.dtype, check_finite: bool, keep_uint8: bool = False) -> Array:
+    """`a`, of two dimensions, C-contiguous in `dtype`; no copy where it is that already."""
+    wanted = a.dtype if keep_uint8 and a.dtype == np.uint8 else dtype
+    if not (a.dtype == wanted and a.dtype.isnative and a.flags.c_contiguous and (is_cupy(a) or a.flags.aligned)):
+        with np.errstate(over="ignore"):
+            converted = a.astype(wanted, order="C")
+    else:
+        converted = a
+    if check_finite and a.dtype.kind == "f":
+        xp = _module_of(a)
+        step = max(1, _CHUNK // max(1, a.shape[1]))
+        for i in range(0, len(a), step):
+            finite = xp.isfinite(converted[i : i + step])
+            if not bool(finite.all()):
+                row, column = divmod(int((~finite).reshape(-1).argmax()), a.shape[1])
+                value = float(a[i + row, column])
+                if np.isfinite(value):
+                    raise DataError(
+                        f"{what} holds {value:g} at row {i + row}, column {column}: too large for {wanted}",
+                        "scale the data to about -1..1, or use precision float64",
+                    )
+                raise DataError(
+                    f"{what} holds {value} at row {i + row}, column {column}",
+                    "remove or fill in missing values first; scale the data if it overflowed",
+                )
+    return converted
+
+
+def _refuse_rows(bad: Array, cause: str, cure: str) -> None:
+    if bool(bad.any()):
+        raise DataError(cause.format(int(bad.argmax())), cure)
+
+
+def _module_of(a: Array) -> Any:
+    if is_cupy(a):
+        import sys
+
+        return sys.modules["cupy"]
+    return np

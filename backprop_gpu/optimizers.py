@@ -1,0 +1,223 @@
+"""Optimizers: rules that turn theta, its gradient g and the rule's slots into the next theta.
+
+The formulas, argument names and defaults are PyTorch's. A rule is a frozen set of hyper-parameters; the slots (one flat
+vector each, as long as theta, zero at the start) belong to the training run. `apply` works in place on any stretch of the
+flat vectors, for the rules are elementwise; `s` holds two scratch arrays, `c` what `coefficients` gave for this step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .activations import Array
+from .errors import ConfigError, lookup
+
+Slots = tuple[Array, ...]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What every rule has: a learning rate, the number of its slots, and the rule.
+
+    Raises ConfigError for a learning rate that is not a finite number above 0, or another hyper-parameter out of range.
+    """
+
+    lr: float
+
+    name: ClassVar[str]
+
+    @property
+    def slots(self) -> int:
+        """How many vectors of the size of theta the rule keeps from step to step."""
+        raise NotImplementedError
+
+    def coefficients(self, lr: float, t: int) -> tuple[float, ...]:
+        """The scalars of step t (counted from 1) at learning rate lr."""
+        raise NotImplementedError
+
+    def apply(self, xp: Any, theta: Array, g: Array, slots: Slots, c: tuple[float, ...], s: tuple[Array, Array]) -> None:
+        """One step, in place; g is only read."""
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool):
+                continue
+            for number in value if isinstance(value, tuple) else (value,):
+                self._check(field.name, number)
+
+    def _check(self, name: str, value: object) -> None:
+        low, high, low_open = _RANGES[name]
+        number = isinstance(value, (int, float)) or hasattr(value, "__float__")
+        v = float(value) if number else math.nan  # type: ignore[arg-type]
+        if not (math.isfinite(v) and (low < v if low_open else low <= v) and v < high):
+            wanted = f"{'above' if low_open else 'from'} {low:g}" + ("" if math.isinf(high) else f" to below {high:g}")
+            raise ConfigError(f"{type(self).__name__}: {name} is {value!r}", f"give a finite number {wanted}")
+
+
+_RANGES = {  # lower end, upper end (excluded), whether the lower end is excluded too
+    "lr": (0.0, math.inf, True),
+    "momentum": (0.0, 1.0, False),
+    "weight_decay": (0.0, math.inf, False),
+    "betas": (0.0, 1.0, False),
+    "eps": (0.0, math.inf, True),
+}
+
+
+@dataclass(frozen=True)
+class SGD(Optimizer):
+    """Stochastic gradient descent, with momentum and Nesterov's form of it on request.
+
+        g <- g + weight_decay theta
+        v <- momentum v + g
+        theta <- theta - lr g                    without momentum   (source 3; source 4, eq. 29)
+        theta <- theta - lr v                    with momentum      (Polyak, 1964; Sutskever et al., 2013)
+        theta <- theta - lr (g + momentum v)     with nesterov
+
+    On the command line `sgd`, `momentum` (0.9) and `nesterov` (0.9).
+    """
+
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    name = "sgd"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nesterov and not self.momentum:
+            raise ConfigError("SGD: nesterov without momentum", "give momentum too, 0.9 is usual")
+
+    @property
+    def slots(self) -> int:
+        """One, v, with momentum; else none."""
+        return 1 if self.momentum else 0
+
+    def coefficients(self, lr: float, t: int) -> tuple[float, ...]:
+        """(lr,)."""
+        return (lr,)
+
+    def apply(self, xp: Any, theta: Array, g: Array, slots: Slots, c: tuple[float, ...], s: tuple[Array, Array]) -> None:
+        """One step, in place; g is only read."""
+        (lr,) = c
+        if self.weight_decay:
+            g = _plus_decay(xp, g, self.weight_decay, theta, s[1])
+        step = g
+        if self.momentum:
+            (v,) = slots
+            xp.multiply(v, self.momentum, out=v)
+            xp.add(v, g, out=v)
+            step = v
+            if self.nesterov:
+                xp.multiply(v, self.momentum, out=s[0])
+                step = xp.add(g, s[0], out=s[0])
+        xp.multiply(step, lr, out=s[0])
+        xp.subtract(theta, s[0], out=theta)
+
+
+@dataclass(frozen=True)
+class Adam(Optimizer):
+    """Adam (Kingma and Ba, 2015), with AMSGrad (Reddi et al., 2018) on request; m, v are the slots, t counts from 1.
+
+        g <- g + weight_decay theta
+        m <- beta1 m + (1 - beta1) g
+        v <- beta2 v + (1 - beta2) g^2
+        theta <- theta - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    With amsgrad the largest v so far takes the place of v in the last line.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    amsgrad: bool = False
+    weight_decay: float = 0.0
+
+    name = "adam"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.betas, (tuple, list)) and len(self.betas) == 2):
+            raise ConfigError(f"{type(self).__name__}: betas is {self.betas!r}", "give two numbers, such as (0.9, 0.999)")
+        object.__setattr__(self, "betas", tuple(self.betas))
+        super().__post_init__()
+
+    @property
+    def slots(self) -> int:
+        """m and v, and the largest v with amsgrad."""
+        return 3 if self.amsgrad else 2
+
+    def coefficients(self, lr: float, t: int) -> tuple[float, ...]:
+        """The factors of theta's own decay, of m / (sqrt(v) + eps'), and eps' = eps sqrt(1 - beta2^t) (Kingma and Ba, end of sec. 2)."""
+        beta1, beta2 = self.betas
+        root = math.sqrt(1 - beta2**t)
+        return 1.0, lr * root / (1 - beta1**t), self.eps * root
+
+    def apply(self, xp: Any, theta: Array, g: Array, slots: Slots, c: tuple[float, ...], s: tuple[Array, Array]) -> None:
+        """One step, in place; g is only read."""
+        m, v = slots[:2]
+        decay, rate, eps = c
+        beta1, beta2 = self.betas
+        if decay != 1.0:
+            xp.multiply(theta, decay, out=theta)
+        elif self.weight_decay:
+            g = _plus_decay(xp, g, self.weight_decay, theta, s[1])
+        k = s[0]
+        xp.subtract(g, m, out=k)
+        xp.multiply(k, 1 - beta1, out=k)
+        xp.add(m, k, out=m)
+        xp.multiply(g, g, out=k)
+        xp.multiply(k, 1 - beta2, out=k)
+        xp.multiply(v, beta2, out=v)
+        xp.add(v, k, out=v)
+        if self.amsgrad:
+            v = xp.maximum(slots[2], v, out=slots[2])
+        xp.sqrt(v, out=k)
+        xp.add(k, eps, out=k)
+        xp.divide(m, k, out=k)
+        xp.multiply(k, rate, out=k)
+        xp.subtract(theta, k, out=theta)
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019).
+
+    theta <- theta (1 - lr weight_decay) first, then Adam's step with the gradient as it is. Like PyTorch, the decay
+    takes in the biases.
+    """
+
+    weight_decay: float = 1e-2
+
+    name = "adamw"
+
+    def coefficients(self, lr: float, t: int) -> tuple[float, ...]:
+        """Adam's, with the decay 1 - lr weight_decay."""
+        return 1 - lr * self.weight_decay, *super().coefficients(lr, t)[1:]
+
+
+def _plus_decay(xp: Any, g: Array, weight_decay: float, theta: Array, out: Array) -> Array:
+    xp.multiply(theta, weight_decay, out=out)
+    return xp.add(g, out, out=out)
+
+
+# By name, as on the command line: a learning rate that suits MNIST-sized networks, and the rule at a learning rate.
+OPTIMIZERS: dict[str, tuple[float, Callable[[float], Optimizer]]] = {
+    "sgd": (0.1, SGD),
+    "momentum": (0.05, lambda lr: SGD(lr, momentum=0.9)),
+    "nesterov": (0.05, lambda lr: SGD(lr, momentum=0.9, nesterov=True)),
+    "adam": (1e-3, Adam),
+    "adamw": (1e-3, AdamW),
+}
+
+
+def choose_optimizer(optimizer: Optimizer | str, lr: float | None = None) -> Optimizer:
+    """An optimizer as it is, or one by name at lr (None: the name's usual one)."""
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    usual, rule = lookup("optimizer", optimizer, OPTIMIZERS)
+    return rule(usual if lr is None else lr)

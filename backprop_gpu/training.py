@@ -1,0 +1,256 @@
+"""Training: the loop over epochs and steps, validation, history, callbacks, and stopping in good order."""
+
+from __future__ import annotations
+
+import operator
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import inputs
+from .activations import Array
+from .backend import to_host
+from .batches import epoch_order, steps_per_epoch
+from .checkpoint import check_target, save_network
+from .costs import Cost, choose_cost
+from .errors import ConfigError, DataError, DivergenceError
+from .executors import Eager
+from .network import Network, check_seed, forward_chunks, natural_task
+from .optimizers import Adam, Optimizer, choose_optimizer
+from .schedules import Schedule, choose_schedule
+
+
+@dataclass
+class History:
+    """What happened, one entry an epoch in each list.
+
+    `train_cost`, `train_accuracy`: means over the epoch's training steps, each step measured before its update.
+    `validation_cost`, `validation_accuracy`: after the epoch. Accuracies are None for regression, validation without data.
+    `lr`: of the epoch's last step. `steps`: done so far. `seconds`: spent in training steps.
+    """
+
+    epoch: list[int] = field(default_factory=list)
+    train_cost: list[float] = field(default_factory=list)
+    train_accuracy: list[float | None] = field(default_factory=list)
+    validation_cost: list[float | None] = field(default_factory=list)
+    validation_accuracy: list[float | None] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """How many epochs."""
+        return len(self.epoch)
+
+
+class Evaluation(NamedTuple):
+    """Mean cost over the samples, and accuracy from 0 to 1, None for regression."""
+
+    cost: float
+    accuracy: float | None
+
+
+@dataclass
+class Run:
+    """A training run as callbacks see it. `epoch` and `step` count from 1; setting `stop` ends the run after this epoch."""
+
+    net: Network
+    epochs: int
+    steps_per_epoch: int
+    history: History
+    epoch: int = 0
+    step: int = 0
+    lr: float = 0.0
+    stop: bool = False
+
+
+Callback = Callable[[Run], Any]
+
+
+def train(
+    net: Network,
+    X: Any,
+    T: Any,
+    cost: str | None = None,
+    optimizer: Optimizer | str = Adam(),  # noqa: B008 - frozen, no state
+    schedule: Schedule | str | None = None,
+    epochs: int = 10,
+    batch_size: int = 128,
+    validation: tuple[Any, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+    seed: int = 0,
+    save: str | os.PathLike[str] | None = None,
+) -> History:
+    """Train `net` in place on X (m, N_0) and T, and return the history.
+
+    X, T: see `Network.forward` and `Network.gradients`; NumPy data that fits the network's dtype (or is uint8) is used where it
+    lies, on a GPU it is copied to the device once. `cost`, `optimizer`, `schedule`: by name or as they are; the schedule's
+    factor multiplies the optimizer's lr. Each epoch visits the samples in a fresh order drawn from (seed, epoch); the last,
+    smaller batch is kept, its mean taken over its own size. A second call starts with fresh slots.
+
+    `callbacks`: each is called with the `Run` after every epoch; one with a method `on_step` gets it called with the Run
+    after every step too. `save`: where to write the network when training is over.
+
+    Ctrl-C ends training after the step it falls into, raising KeyboardInterrupt with the network at that whole step; a
+    second Ctrl-C does not wait. Raises DataError, ConfigError; DivergenceError when cost or gradient are not finite, with the
+    network as it was before that step; CheckpointError when `save` cannot be written.
+    """
+    chosen = choose_cost(cost, net.output)
+    rule, factor = choose_optimizer(optimizer), choose_schedule(schedule)
+    epochs, batch_size = _positive("epochs", epochs), _positive("batch_size", batch_size)
+    seed = check_seed(seed)
+    data, wanted, task = _checked(net, X, T, chosen)
+    held_out = None if validation is None else _checked(net, *_pair(validation), chosen)
+    n = len(data)
+    if batch_size > n:
+        warnings.warn(f"batch_size {batch_size} is more than the {n} samples: each batch holds all {n}", stacklevel=2)
+        batch_size = n
+    if save is not None:
+        check_target(save)
+
+    be, history = net.backend, History()
+    steps = steps_per_epoch(n, batch_size)
+    run = Run(net, epochs, steps, history)
+    on_step = [c.on_step for c in callbacks if hasattr(c, "on_step")]
+    with be.active(), np.errstate(all="ignore"), _WholeSteps() as whole_steps:
+        executor = Eager(net, chosen, task, rule, be.asarray(data), be.asarray(wanted), batch_size)
+        if held_out is not None:
+            held_out = be.asarray(held_out[0]), be.asarray(held_out[1]), held_out[2]
+        net.cost, net.task = chosen.name, "labels" if wanted.ndim == 1 else natural_task(net.g, net.layers[-1])
+        measured = be.zeros(2 * steps, np.dtype(np.float64)).reshape(steps, 2)
+        for run.epoch in range(1, epochs + 1):
+            start = time.perf_counter()
+            order = be.asarray(epoch_order(n, seed, run.epoch))
+            for i in range(steps):
+                run.lr = rule.lr * factor(run.step, epochs * steps)
+                run.step += 1
+                rows = order[i * batch_size : (i + 1) * batch_size]
+                if not executor.step(rows, run.lr, run.step, measured[i]):
+                    break
+                for call in on_step:
+                    _call(call, run)
+                whole_steps.deliver()
+            cost_sum, right = to_host(measured).sum(axis=0)  # the host waits for the device here, once an epoch
+            if diverged := int(executor.diverged[0]):
+                at = rule.lr * factor(diverged - 1, epochs * steps)
+                raise DivergenceError(run.epoch, diverged, at)
+            history.seconds.append(time.perf_counter() - start)
+            history.epoch.append(run.epoch)
+            history.train_cost.append(float(cost_sum) / n)
+            history.train_accuracy.append(None if task == "regression" else float(right) / n)
+            after = None if held_out is None else _evaluate(net, *held_out, chosen)
+            history.validation_cost.append(after.cost if after else None)
+            history.validation_accuracy.append(after.accuracy if after else None)
+            history.lr.append(run.lr)
+            history.steps.append(run.step)
+            for callback in callbacks:
+                _call(callback, run)
+            whole_steps.deliver()
+            if run.stop:
+                break
+    if save is not None:
+        save_network(net, save)
+    return history
+
+
+def evaluate(net: Network, X: Any, T: Any, cost: str | None = None) -> Evaluation:
+    """Mean cost and accuracy of `net` on X and T, as in `train`. `cost` None is the one the network was trained with.
+
+    Raises DataError, ConfigError.
+    """
+    chosen = choose_cost(cost or net.cost, net.output)
+    data, wanted, task = _checked(net, X, T, chosen)
+    be = net.backend
+    with be.active(), np.errstate(all="ignore"):
+        return _evaluate(net, data, be.asarray(wanted), task, chosen)
+
+
+def _evaluate(net: Network, data: Array, wanted: Array, task: str, cost: Cost) -> Evaluation:
+    be, n = net.backend, len(data)
+    totals = []
+    for rows, batch in forward_chunks(net, data):
+        Z, T = batch.Z[-1], wanted[rows]
+        be.ops.output_delta(cost, net.g, Z, T, 1.0, batch.Delta[-1], batch.C)
+        totals.append(be.zeros(2, np.dtype(np.float64)))
+        be.ops.count(task, net.g, Z, T, batch.C, totals[-1])
+    cost_sum, right = np.sum([to_host(t) for t in totals], axis=0)
+    return Evaluation(float(cost_sum) / n, None if task == "regression" else float(right) / n)
+
+
+def _checked(net: Network, X: Any, T: Any, cost: Cost) -> tuple[Array, Array, str]:
+    """Features, targets, and what to count as predicted right: nothing where targets under a sigmoid are not all 0 or 1."""
+    data = inputs.features(X, net.layers[0], net.dtype)
+    wanted = inputs.targets(T, len(data), net.layers[-1], cost.name, net.dtype)
+    task = "labels" if wanted.ndim == 1 else natural_task(net.g, net.layers[-1])
+    if task in ("binary", "multilabel") and not bool(((wanted == 0) | (wanted == 1)).all()):
+        task = "regression"
+    return data, wanted, task
+
+
+def _pair(validation: Any) -> tuple[Any, Any]:
+    if not (isinstance(validation, (tuple, list)) and len(validation) == 2):
+        raise DataError("validation is not a pair", "pass validation=(X, T)")
+    return validation[0], validation[1]
+
+
+def _positive(name: str, value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ConfigError(f"{name} is {value!r}", "give an integer, 1 or more")
+    return number
+
+
+def _call(callback: Callback, run: Run) -> None:
+    try:
+        callback(run)
+    except Exception as e:
+        e.add_note(f"raised by the callback {callback!r} in epoch {run.epoch}, step {run.step}; the network is at that whole step")
+        raise
+
+
+class _WholeSteps:
+    """Holds back Ctrl-C, and SIGTERM where the program handles it, until `deliver` is called between two steps.
+
+    A second signal is not held back. Outside the main thread, where Python delivers no signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Any] = {}
+        self._waiting: int | None = None
+
+    def __enter__(self) -> _WholeSteps:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    self._handlers[number] = handler
+                    signal.signal(number, self._hold)
+        return self
+
+    def _hold(self, number: int, frame: FrameType | None) -> None:
+        if self._waiting is not None:
+            self._handlers[number](number, frame)
+        self._waiting = number
+
+    def deliver(self) -> None:
+        """Let a held signal do what it would have done."""
+        if self._waiting is not None:
+            number, self._waiting = self._waiting, None
+            self._handlers[number](number, None)
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if kind is None:
+            self.deliver()
