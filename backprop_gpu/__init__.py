@@ -1,10 +1,10 @@
 """Backpropagation for multilayer perceptrons: CuPy where there is a CUDA GPU, NumPy everywhere else.
 
-    import backprop_gpu as bp
-    train, test = bp.datasets.load("mnist")
-    net = bp.Network([784, 512, 10])
-    bp.train(net, train.images, train.labels, optimizer=bp.Adam(1e-3), schedule="cosine")
-    bp.evaluate(net, test.images, test.labels)
+import backprop_gpu as bp
+train, test = bp.datasets.load("mnist")
+net = bp.Network([784, 512, 10])
+bp.train(net, train.images, train.labels, optimizer=bp.Adam(1e-3), schedule="cosine")
+bp.evaluate(net, test.images, test.labels)
 """
 
 import logging as _logging

@@ -1,7 +1,7 @@
 """Activation functions: the value f(Z) and the derivative f'(Z), one entry each.
 
-`value(xp, Z, A, s)` writes f(Z) into A, which may be Z itself. `derivative(xp, K, D, s)` writes f'(Z) into D, where K is
-A = f(Z) or Z, as `derivative_from` says: a function whose derivative is taken from A never needs its Z again, so the
+`value(xp, Z, A, s)` writes f(Z) into A, which may be Z itself. `derivative(xp, K, D, s)` writes f'(Z) into D, where K
+is A = f(Z) or Z, as `derivative_from` says: a function whose derivative is taken from A never needs its Z again, so the
 layer works in place. `xp` is numpy or cupy; `s` holds two scratch arrays. All arrays have one shape and one dtype.
 
 Sources: 5 ("Activation functions": sigmoid, tanh, ReLU, leaky ReLU, softplus, swish), 4, eqs. 9-10 (sigmoid).
@@ -119,7 +119,7 @@ def d_swish(xp: Any, Z: Array, D: Array, s: Any) -> None:
 
 
 def gelu(xp: Any, Z: Array, A: Array, s: Any) -> None:
-    """f(z) = z (1 + tanh(k (z + c z^3))) / 2, k = sqrt(2/pi), c = 0.044715: the tanh form (Hendrycks and Gimpel, 2016)."""
+    """f(z) = z (1 + tanh(k (z + c z^3))) / 2, k = sqrt(2/pi), c = 0.044715: the tanh form (Hendrycks, Gimpel 2016)."""
     _gelu_tanh(xp, Z, s[0])
     xp.add(s[0], 1, out=s[0])
     xp.multiply(s[0], 0.5, out=s[0])
@@ -165,7 +165,7 @@ def d_elu(xp: Any, A: Array, D: Array, s: Any) -> None:
 
 
 def softmax(xp: Any, Z: Array, A: Array, s: Any) -> None:
-    """a_k = exp(z_k) / sum_j exp(z_j) over each row (source 5, softmax regression); the row's maximum is taken off first."""
+    """a_k = exp(z_k) / sum_j exp(z_j) in each row (source 5, softmax regression); the row's maximum is taken off."""
     r = s[0][:, :1]
     Z.max(axis=1, keepdims=True, out=r)
     xp.subtract(Z, r, out=A)

@@ -1,7 +1,7 @@
 """The shim between NumPy and CuPy: which array module and operations to use on this machine, and why.
 
-`choose("auto")` takes CuPy where a GPU has just been seen to run a kernel, else NumPy, and keeps the reason. Nothing here
-imports cupy before it is asked for.
+`choose("auto")` takes CuPy where a GPU has just been seen to run a kernel, else NumPy, and keeps the reason. Nothing
+here imports cupy before it is asked for.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Backend:
     """An array module, its operations, and how they came to be chosen.
 
     `name` is "numpy" or "cupy"; `xp` the array module; `ops` the module of operations; `device` in words; `index` the
-    CUDA device's number (None on NumPy); `reason` one line that says why this backend.
+    CUDA device's number (None on NumPy); `reason` one line that says why this backend, `cure` one that says what would
+    make it a GPU, where something would.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Backend:
     device: str
     reason: str
     index: int | None = None
+    cure: str = ""
 
     def active(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which arrays of this backend are made and used."""
@@ -96,7 +98,7 @@ def choose(name: str = "auto") -> Backend:
         if name == "cupy":
             raise BackendError(found.cause, found.cure)
         _tell_once(found)
-        return _numpy(found.cause)
+        return _numpy(found.cause, found.cure)
     cupy, device = found
     return Backend("cupy", cupy, importlib.import_module(".cuda_ops", __package__), device, "a GPU runs kernels", index)
 
@@ -110,8 +112,8 @@ def kernel_source(name: str) -> str:
     raise BackendError(f"the kernel file {name} is missing from this installation", "install backprop_gpu again")
 
 
-def _numpy(reason: str) -> Backend:
-    return Backend("numpy", np, importlib.import_module(".numpy_ops", __package__), "CPU", reason)
+def _numpy(reason: str, cure: str = "") -> Backend:
+    return Backend("numpy", np, importlib.import_module(".numpy_ops", __package__), "CPU", reason, cure=cure)
 
 
 def _device_index() -> int:
@@ -146,7 +148,9 @@ def _probe(index: int) -> tuple[ModuleType, str] | _Unusable:
             count = cupy.cuda.runtime.getDeviceCount  # a half-removed CuPy is an empty namespace package
         except Exception as e:
             return _no_import(e)
-    note = "; several CuPy packages are installed" if any("multiple CuPy packages" in str(w.message) for w in told) else ""
+    note = (
+        "; several CuPy packages are installed" if any("multiple CuPy packages" in str(w.message) for w in told) else ""
+    )
     cure = _one_wheel() if note else ""
     version = str(getattr(cupy, "__version__", "0"))
     if version.partition(".")[0].isdecimal() and int(version.partition(".")[0]) < 14:
@@ -169,7 +173,9 @@ def _probe(index: int) -> tuple[ModuleType, str] | _Unusable:
     except Exception as e:
         return _Unusable(f"the GPU does not run kernels: {_line(e)}{note}", cure or _cure_of_kernel(e))
     if result != 7:
-        return _Unusable(f"the GPU computes wrong results{note}", cure or "check the GPU and its driver with nvidia-smi")
+        return _Unusable(
+            f"the GPU computes wrong results{note}", cure or "check the GPU and its driver with nvidia-smi"
+        )
     return cupy, name.decode() if isinstance(name, bytes) else str(name)
 
 
@@ -201,7 +207,9 @@ def _no_device(e: Exception, cupy: ModuleType, note: str, cure: str) -> _Unusabl
         return _Unusable(f"there is no NVIDIA driver{note}", cure or "install the driver, or go on with NumPy")
     if status == 100:  # cudaErrorNoDevice
         return _Unusable(f"there is no CUDA device{note}", cure or "look at CUDA_VISIBLE_DEVICES and nvidia-smi")
-    return _Unusable(f"CUDA does not start: {_line(e)}{note}", cure or "check the driver with nvidia-smi, or restart the machine")
+    return _Unusable(
+        f"CUDA does not start: {_line(e)}{note}", cure or "check the driver with nvidia-smi, or restart the machine"
+    )
 
 
 def _cure_of_kernel(e: Exception) -> str:
@@ -216,10 +224,10 @@ def _one_wheel() -> str:
 
 def _wheel(driver: int | None = None) -> str:
     """What to give pip for the driver on this machine."""
-    return f"'cupy-cuda{'13x' if (driver or _driver_cuda()) >= 13000 else '12x'}[ctk]'"
+    return f"'cupy-cuda{'13x' if (driver or driver_cuda()) >= 13000 else '12x'}[ctk]'"
 
 
-def _driver_cuda() -> int:
+def driver_cuda() -> int:
     """The newest CUDA that the installed driver runs, as 1000 major + 10 minor; 0 without a driver."""
     version = ctypes.c_int(0)
     try:

@@ -1,8 +1,8 @@
 """Model files: one safetensors file with the parameters, its metadata with all that rebuilds the network.
 
-Tensors `layer.1.weight` (N_1, N_0), `layer.1.bias` (N_1,), ... in the network's dtype, readable by any safetensors tool;
-metadata `format`, `format_version` and `config` (JSON). Files are written beside their target and moved into place, so that
-a reader finds the old file or the new one, whole.
+Tensors `layer.1.weight` (N_1, N_0), `layer.1.bias` (N_1,), ... in the network's dtype, readable by any safetensors
+tool; metadata `format`, `format_version` and `config` (JSON). Files are written beside their target and moved into
+place, so that a reader finds the old file or the new one, whole.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def save_network(net: Network, path: str | os.PathLike[str]) -> None:
 def load_network(path: str | os.PathLike[str], backend: str = "auto") -> Network:
     """The network in a model file. Public as `bp.load`.
 
-    Raises CheckpointError for a file that is missing, damaged, not a model of this library, or of a later format version.
+    Raises CheckpointError for a file that is missing, damaged, not a model of this library, or of a later format
+    version.
     """
     path = Path(path)
     try:
@@ -163,7 +164,9 @@ def write_atomically(target: Path, content: bytes) -> None:
                 os.close(folder)
     except OSError as e:
         raise CheckpointError(
-            f"{target} cannot be written: {e.strerror or e}", "free some space or save elsewhere; an older file is untouched", e.errno
+            f"{target} cannot be written: {e.strerror or e}",
+            "free some space or save elsewhere; an older file is untouched",
+            e.errno,
         ) from None
 
 

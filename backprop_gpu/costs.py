@@ -4,8 +4,8 @@
 sample into C (m,) and dC_i/dZ[L], per sample and not averaged, into Delta (m, K). T holds integer labels (m,), which
 stand for one-hot rows that are never formed, or rows (m, K) in the dtype of Z.
 
-For the canonical pairs, softmax with cross-entropy and sigmoid with binary cross-entropy, Delta[L] = A[L] - T (source 5,
-"Quick recap"), and the cost is computed from Z so that nothing under- or overflows. Every other pair goes through
+For the canonical pairs, softmax with cross-entropy and sigmoid with binary cross-entropy, Delta[L] = A[L] - T (source
+5, "Quick recap"), and the cost is computed from Z so that nothing under- or overflows. Every other pair goes through
 g'(Z) (source 3: delta^L = sigma'(z^L) ⊙ grad C; source 4, eq. 32), or through softmax's full Jacobian (ERRATA of 3).
 """
 
@@ -45,7 +45,7 @@ def cross_entropy(ops: Any, g: Activation, Z: Array, T: Array, Delta: Array, C: 
 
 
 def binary_cross_entropy(ops: Any, g: Activation, Z: Array, T: Array, Delta: Array, C: Array) -> None:
-    """C_i = -sum_k (t_k ln y_k + (1 - t_k) ln(1 - y_k)) = sum_k (softplus(z_k) - t_k z_k); Delta = y - t   (source 5)."""
+    """C_i = -sum_k (t_k ln y_k + (1 - t_k) ln(1 - y_k)) = sum_k (softplus(z_k) - t_k z_k); Delta = y - t (source 5)."""
     xp = ops.xp
     s = ops.scratch("cost 0", Z.shape, Z.dtype)
     r = ops.scratch("cost 1", C.shape, Z.dtype)

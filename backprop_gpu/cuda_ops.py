@@ -1,7 +1,7 @@
 """The engine's instruction set on CuPy: `numpy_ops`, name for name and argument for argument, on device arrays.
 
-Plain CuPy lines, each one or a few launches; they stand until a CUDA kernel of `kernels/` takes the place of each. Nothing
-here waits for the device or copies to or from the host. Not yet run on a GPU.
+Plain CuPy lines, each one or a few launches; they stand until a CUDA kernel of `kernels/` takes the place of each.
+Nothing here waits for the device or copies to or from the host. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _like(M: Array, n: int) -> tuple[Array, ...]:
 
 
 def gather(data: Array, rows: Array | slice, out: Array) -> None:
-    """out = data[rows]; where data is uint8 and out is not, out = data[rows] / 255. `rows` are valid indices, or a slice."""
+    """out = data[rows], or data[rows] / 255 where data is uint8 and out is not. `rows`: valid indices, or a slice."""
     out[...] = data[rows]
     if data.dtype != out.dtype:
         cp.divide(out, 255, out=out)
@@ -100,7 +100,7 @@ def update(
     live = diverged[0] == 0
     old = theta, *slots
     new = tuple(v.copy() for v in old)
-    rule.apply(cp, new[0], gradient, new[1:], rule.coefficients(lr, t), _like(theta, 2))  # type: ignore[arg-type]
+    rule.apply(cp, new[0], gradient, new[1:], rule.coefficients(lr, t), _like(theta, 2))
     for kept, v in zip(old, new, strict=True):
         kept[...] = cp.where(live, v, kept)
     return True

@@ -11,8 +11,9 @@ from .optimizers import Optimizer
 class Eager:
     """Training steps on a network's backend, over buffers made once.
 
-    `data` (n, N_0) and `wanted` (n,) or (n, K) lie on the device, as `inputs` left them; `batch_size` is the largest batch.
-    `task` says what to count as right. `diverged[0]`, on the device, is the first step that left the finite numbers, 0 so far.
+    `data` (n, N_0) and `wanted` (n,) or (n, K) lie on the device, as `inputs` left them; `batch_size` is the largest
+    batch. `task` says what to count as right. `diverged[0]`, on the device, is the first step that left the finite
+    numbers, 0 so far.
     """
 
     def __init__(
@@ -31,8 +32,8 @@ class Eager:
     def step(self, rows: Array, lr: float, t: int, measured: Array) -> bool:
         """Step t (from 1) on the samples `rows`: forward, cost and Delta[L], backward, update.
 
-        Writes the sum of the costs and the number of samples predicted right into measured (2,). Returns False where it is
-        known that the step was not applied, because the run has left the finite numbers.
+        Writes the sum of the costs and the number of samples predicted right into measured (2,). Returns False where it
+        is known that the step was not applied, because the run has left the finite numbers.
         """
         net, ops = self.net, self.net.backend.ops
         batch, T = self.batch.first(len(rows)), self.T[: len(rows)]

@@ -20,8 +20,8 @@ _CHUNK = 1 << 20  # elements looked at a time, so that a check never needs much 
 def features(X: Any, width: int, dtype: np.dtype, check_finite: bool = True) -> Array:
     """X as a C-contiguous (m, width) array: uint8 as it is (it means x / 255), everything else in `dtype`.
 
-    X may be anything that NumPy reads as numbers: (m, width), or images (m, h, w). Integers other than uint8, booleans and
-    other float types are converted, values kept. An array that fits already is not copied.
+    X may be anything that NumPy reads as numbers: (m, width), or images (m, h, w). Integers other than uint8, booleans
+    and other float types are converted, values kept. An array that fits already is not copied.
 
     Raises DataError for other dtypes (object, complex, text, dates), another number of dimensions or features, no
     samples, and NaN or infinity (the first one's place is named).
@@ -40,15 +40,17 @@ def features(X: Any, width: int, dtype: np.dtype, check_finite: bool = True) -> 
             f"X has {X.shape[1]} features, the network takes {width}",
             "pass samples of that width, or build the network with layers that begin with the data's",
         )
-    return X if X.dtype == np.uint8 and X.flags.c_contiguous else _as_numbers("X", X, dtype, check_finite, keep_uint8=True)
+    return (
+        X if X.dtype == np.uint8 and X.flags.c_contiguous else _as_numbers("X", X, dtype, check_finite, keep_uint8=True)
+    )
 
 
 def targets(T: Any, m: int, K: int, cost: str, dtype: np.dtype) -> Array:
     """T as integer labels (m,) or as rows (m, K) in `dtype`, for m samples, K outputs and a cost by name.
 
-    Integer labels (m,) mean one-hot rows, whatever the cost; where K = 1, (m,) are the targets themselves. Raises DataError
-    where a label is outside 0..K-1, targets are not finite, rows do not sum to 1 for cross_entropy, are outside 0..1 for
-    binary_cross_entropy, or shapes do not fit.
+    Integer labels (m,) mean one-hot rows, whatever the cost; where K = 1, (m,) are the targets themselves. Raises
+    DataError where a label is outside 0..K-1, targets are not finite, rows do not sum to 1 for cross_entropy, are
+    outside 0..1 for binary_cross_entropy, or shapes do not fit.
     """
     T = _numeric("T", T)
     if T.ndim == 0 or len(T) != m:
@@ -103,10 +105,13 @@ def _numeric(what: str, a: Any) -> Array:
             a = np.asarray(a)
         except (ValueError, TypeError, RuntimeError) as e:
             lines = str(e).splitlines() or [type(e).__name__]
-            raise DataError(f"{what} is not an array: {lines[0]}", "pass an array of numbers, rows of equal length") from None
+            raise DataError(
+                f"{what} is not an array: {lines[0]}", "pass an array of numbers, rows of equal length"
+            ) from None
     if a.dtype.kind not in "biuf":
         raise DataError(
-            f"{what} has dtype {a.dtype}", "pass real numbers: convert it with .astype(float), sparse data with .toarray()"
+            f"{what} has dtype {a.dtype}",
+            "pass real numbers: convert it with .astype(float), sparse data with .toarray()",
         )
     return a
 

@@ -7,8 +7,9 @@ Notation of source 5; layers are counted 1..L, layer 0 is the input, m samples m
     Delta[l] = f'(Z[l]) ⊙ (W[l+1]^T Delta[l+1])
     dW[l] = Delta[l] A[l-1]^T / m     db[l] = Delta[l] 1 / m
 
-The notes put a sample in a column. Here every batch array is the transpose of that, C-contiguous (m, N_l), a sample a row,
-which is how data files hold them; W[l] is (N_l, N_(l-1)) as in the notes. So `A_below @ W.T` below the operations is W A.
+The notes put a sample in a column. Here every batch array is the transpose of that, C-contiguous (m, N_l), a sample a
+row, which is how data files hold them; W[l] is (N_l, N_(l-1)) as in the notes. So the product W A of the page is
+`A @ W.T` inside the operations.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .costs import Cost, choose_cost
 from .errors import ConfigError, lookup
 from .initializers import INITIALIZERS
 
-PRECISIONS = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
+PRECISIONS: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
 CHUNK_ROWS = 1024  # samples a pass when there is no gradient to take
 
 # ---------------------------------------------------------------------------------------------- the equations
@@ -44,7 +45,7 @@ def forward(ops: Any, net: Network, batch: Batch) -> None:
 
 
 def backward(ops: Any, net: Network, batch: Batch, T: Array, cost: Cost, gradient: Views) -> None:
-    """Backpropagation: from Z[L] to every dW[l] and db[l] (source 5, "Back Propagation Algorithm", in ERRATA's reading).
+    """Backpropagation: from Z[L] to every dW[l] and db[l] (source 5, "Back Propagation Algorithm", with errata).
 
     The factor 1/m is folded into Delta[L], once, so that dW and db need none.
     """
@@ -61,9 +62,10 @@ def backward(ops: Any, net: Network, batch: Batch, T: Array, cost: Cost, gradien
 
 
 class Views:
-    """W[1..L] and b[1..L] as views of one flat vector, in the order W1, b1, W2, b2, ...; index 0 is None, as is a missing b.
+    """W[1..L] and b[1..L] as views of one flat vector, in the order W1, b1, W2, b2, ...; W[0] and b[0] are None.
 
-    Each tensor starts at a 64-byte boundary; the elements between are zero and stay zero.
+    Without bias every b[l] is None. Each tensor starts at a 64-byte boundary; the elements between are zero and stay
+    zero.
     """
 
     def __init__(self, flat: Array, layers: Sequence[int], bias: bool) -> None:
@@ -89,9 +91,10 @@ def _padded(n: int, dtype: np.dtype) -> int:
 
 
 class Batch:
-    """The arrays of m samples on their way through the network: Z, A, Delta of every layer, and C, the cost of each sample.
+    """The arrays of m samples on their way through the network: Z, A, Delta of each layer, and C, each sample's cost.
 
-    Without a gradient to take, only the last layer has a Delta. Z[l] is A[l] itself where nobody needs Z[l] once A[l] is there: without a gradient to take, or where f' is taken from A.
+    Z[l] is A[l] itself where nobody needs Z[l] once A[l] is there: without a gradient to take, or where f' is taken
+    from A. Without a gradient to take, only the last layer has a Delta.
     """
 
     def __init__(self, net: Network, m: int, gradient: bool, keep_Z: bool = False) -> None:
@@ -102,7 +105,9 @@ class Batch:
             xp.empty_like(A) if keep_Z or (gradient and f.derivative_from == "Z") else A
             for A, f in zip(self.A[1:], net.f[1:], strict=True)
         ]
-        self.Delta: list[Any] = [None] + [xp.empty_like(A) if gradient or l == net.L else None for l, A in enumerate(self.A)][1:]
+        self.Delta: list[Any] = [None] * net.L + [xp.empty_like(self.A[-1])]
+        if gradient:
+            self.Delta[1 : net.L] = [xp.empty_like(A) for A in self.A[1 : net.L]]
         self.C = xp.empty(m, dtype)
 
     def first(self, m: int) -> Batch:
@@ -124,14 +129,15 @@ class Batch:
 class Network:
     """A multilayer perceptron of widths N_0/N_1/.../N_L.
 
-    `layers`: all widths, input first, two at least. `hidden`: activation of the layers before the last (`activations.HIDDEN`);
-    `output`: output function g, softmax or any of them. `init`: initialiser of the weights; biases start at 0. `precision`:
-    "float32" or "float64". `seed`: 0..2^64-1, draws the initial theta, the same on every backend. `backend`: "auto", "numpy"
-    or "cupy" (see `backend.choose`).
+    `layers`: all widths, input first, two at least. `hidden`: activation of the layers before the last
+    (`activations.HIDDEN`); `output`: output function g, softmax or any of them. `init`: initialiser of the weights;
+    biases start at 0. `precision`: "float32" or "float64". `seed`: 0..2^64-1, draws the initial theta, the same on
+    every backend. `backend`: "auto", "numpy" or "cupy" (see `backend.choose`).
 
-    Attributes: `layers` (list of widths), `L`; `theta`, one flat vector (see `Views`), and its views `W[l]` and `b[l]`; the
-    functions `f[l]` and `g`; `dtype`, `backend`. `task` says what `predict` returns, "labels", "binary", "multilabel" or
-    "regression", and `cost` names the cost: what training last used, before that what `output` suggests.
+    Attributes: `layers` (list of widths), `L`; `theta`, one flat vector (see `Views`), and its views `W[l]` and `b[l]`;
+    the functions `f[l]` and `g`; `dtype`, `backend`. `task` says what `predict` returns, "labels", "binary",
+    "multilabel" or "regression", and `cost` names the cost: what training last used, before that what `output`
+    suggests.
 
     Raises ConfigError for settings that make no sense, BackendError for a backend that cannot be used.
     """
@@ -220,8 +226,8 @@ class Network:
 
     def __repr__(self) -> str:
         return (
-            f"Network({self.layers}, hidden={self.hidden!r}, output={self.output!r}, init={self.init!r}, bias={self.bias}, "
-            f"precision={self.precision!r}, seed={self.seed}, backend={self.backend.name!r})"
+            f"Network({self.layers}, hidden={self.hidden!r}, output={self.output!r}, init={self.init!r}, "
+            f"bias={self.bias}, precision={self.precision!r}, seed={self.seed}, backend={self.backend.name!r})"
         )
 
     def forward(self, X: Any) -> Array:
@@ -234,8 +240,9 @@ class Network:
     def predict(self, X: Any) -> Array:
         """What the network says of X, by `task`, as the kind of array that X is.
 
-        "labels": the class of the largest output, (m,) integers. "binary" (sigmoid, K = 1): the class, 1 where the output is
-        above 0.5, (m,). "multilabel" (sigmoid, K > 1): a row of 0 and 1, (m, K). "regression": the outputs, (m, K).
+        "labels": the class of the largest output, (m,) integers. "binary" (sigmoid, K = 1): the class, 1 where the
+        output is above 0.5, (m,). "multilabel" (sigmoid, K > 1): a row of 0 and 1, (m, K). "regression": the outputs,
+        (m, K).
         """
         if self.task == "regression":
             return self.forward(X)
@@ -246,7 +253,7 @@ class Network:
         return classes[:, 0] if self.task == "binary" else classes
 
     def predict_proba(self, X: Any) -> Array:
-        """The outputs of a network whose outputs are probabilities (softmax, sigmoid), (m, K). ConfigError for another."""
+        """The outputs (m, K), where they are probabilities (output softmax or sigmoid); ConfigError where not."""
         if self.output not in ("softmax", "sigmoid"):
             raise ConfigError(
                 f"the outputs of a network with output {self.output!r} are not probabilities",
@@ -257,17 +264,17 @@ class Network:
     def gradients(self, X: Any, T: Any, cost: str | None = None) -> dict[str, Any]:
         """The gradient of the mean cost at theta: {"W": [None, dW1, ...], "b": [None, db1, ...], "cost": C}.
 
-        T: labels (m,), rows (m, K), or (m,) where K = 1; `cost` by name, None for the canonical one. Fresh copies, as the kind
-        of array that X is. Raises DataError, ConfigError.
+        T: labels (m,), rows (m, K), or (m,) where K = 1; `cost` by name, None for the canonical one. Fresh copies, as
+        the kind of array that X is. Raises DataError, ConfigError.
         """
         page = self._page(X, T, cost, keep_Z=False)
         return {"W": page["dW"], "b": page["db"], "cost": page["cost"]}
 
     def backward(self, X: Any, T: Any, cost: str | None = None) -> dict[str, Any]:
-        """Everything on the page of equations, for reading: lists "Z", "A", "Delta", "W" (= dW), "b" (= db), and "cost".
+        """Everything on the page of equations: lists "Z", "A", "Delta", "W" (= dW), "b" (= db), and "cost".
 
-        Index 0 of a list is None, but A[0] = X. Delta is the page's: of each sample, not averaged. Shapes (m, N_l), a sample a
-        row. Otherwise as `gradients`.
+        Index 0 of a list is None, but A[0] = X. Delta is the page's: of each sample, not averaged. Shapes (m, N_l), a
+        sample a row. Otherwise as `gradients`.
         """
         page = self._page(X, T, cost, keep_Z=True)
         return {"W": page["dW"], "b": page["db"], **{k: page[k] for k in ("cost", "Z", "A", "Delta")}}
@@ -286,7 +293,7 @@ class Network:
             forward(be.ops, self, batch)
             backward(be.ops, self, batch, be.asarray(wanted), chosen, gradient)
             value = float(batch.C.mean(dtype=np.float64))
-            page = {"dW": gradient.W, "db": gradient.b}
+            page: dict[str, Sequence[Any]] = {"dW": gradient.W, "db": gradient.b}
             if keep_Z:
                 be.ops.output(self.g, batch.Z[-1], batch.A[-1])
                 Delta = [None] + [D * m for D in batch.Delta[1:]]
@@ -308,7 +315,7 @@ class Network:
 
 
 def forward_chunks(net: Network, data: Array) -> Iterator[tuple[slice, Batch]]:
-    """Forward propagation of all of `data` (from `inputs.features`), some rows at a time: their place, and Z[L] in a Batch."""
+    """Forward propagation of `data` (from `inputs.features`), chunk by chunk: which rows, and a Batch with Z[L]."""
     be = net.backend
     whole = Batch(net, min(len(data), CHUNK_ROWS), gradient=False)
     for i in range(0, len(data), CHUNK_ROWS):

@@ -1,8 +1,8 @@
 """The engine's instruction set on NumPy: the reference for `cuda_ops`, with the same names and signatures.
 
-Shapes: batch arrays are C-contiguous (m, N_l), a sample a row; W is (N_l, N_(l-1)), b is (N_l,). Every operation writes into
-arrays it is given. Scratch memory is kept from step to step, one set a thread, so that after the first step nothing is
-allocated; elementwise work goes block by block, so that a block is still in the cache for its next pass.
+Shapes: batch arrays are C-contiguous (m, N_l), a sample a row; W is (N_l, N_(l-1)), b is (N_l,). Every operation writes
+into arrays it is given. Scratch memory is kept from step to step, one set a thread, so that after the first step
+nothing is allocated; elementwise work goes block by block, so that a block is still in the cache for its next pass.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ __all__ = [
     "scratch", "subtract_targets", "update", "xp",
 ]  # fmt: skip
 
-BLOCK = 1 << 17  # elements; measured best of 2^13..2^18 and unblocked for Adam on 0.4 M and 5.8 M float32 parameters (Zen 3)
+# Elements a block: of 2^13..2^18 and unblocked, best or near it for Adam on 0.4 M and 5.8 M float32 parameters (Zen 3).
+BLOCK = 1 << 17
 
 _thread = threading.local()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
     """An uninitialised array that the next call with the same name and dtype, in this thread, hands out again."""
-    kept = _thread.__dict__
+    kept: dict[Any, Any] = _thread.__dict__
     size = math.prod(shape)
     key = name, np.dtype(dtype)
     if key not in kept or kept[key].size < size:
@@ -41,7 +42,7 @@ def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 def gather(data: Array, rows: Array | slice, out: Array) -> None:
-    """out = data[rows]; where data is uint8 and out is not, out = data[rows] / 255. `rows` are valid indices, or a slice."""
+    """out = data[rows], or data[rows] / 255 where data is uint8 and out is not. `rows`: valid indices, or a slice."""
     if data.dtype == out.dtype:
         picked = out
     else:
@@ -162,14 +163,14 @@ def _flat(labels: Array, M: Array) -> Array:
 
 
 def _ramp(m: int) -> Array:
-    kept = _thread.__dict__
+    kept: dict[Any, Any] = _thread.__dict__
     if "ramp" not in kept or kept["ramp"].size < m:
         kept["ramp"] = np.arange(m)
     return kept["ramp"][:m]
 
 
 def _ones(m: int, dtype: Any) -> Array:
-    kept = _thread.__dict__
+    kept: dict[Any, Any] = _thread.__dict__
     key = "ones", dtype
     if key not in kept or kept[key].size < m:
         kept[key] = np.ones(m, dtype)
@@ -183,5 +184,4 @@ def _row_blocks(M: Array) -> Iterator[tuple[slice, tuple[Array, Array, Array]]]:
     for i in range(0, m, step):
         rows = slice(i, min(i + step, m))
         shape = rows.stop - i, n
-        yield rows, tuple(scratch(name, shape, M.dtype) for name in ("rows 0", "rows 1", "rows 2"))  # type: ignore[misc]
-
+        yield rows, tuple(scratch(name, shape, M.dtype) for name in ("rows 0", "rows 1", "rows 2"))

@@ -1,8 +1,9 @@
 """Optimizers: rules that turn theta, its gradient g and the rule's slots into the next theta.
 
 The formulas, argument names and defaults are PyTorch's. A rule is a frozen set of hyper-parameters; the slots (one flat
-vector each, as long as theta, zero at the start) belong to the training run. `apply` works in place on any stretch of the
-flat vectors, for the rules are elementwise; `s` holds two scratch arrays, `c` what `coefficients` gave for this step.
+vector each, as long as theta, zero at the start) belong to the training run. `apply` works in place on any stretch of
+the flat vectors, for the rules are elementwise; `s` holds two scratch arrays, `c` what `coefficients` gave for this
+step.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class Optimizer:
         """The scalars of step t (counted from 1) at learning rate lr."""
         raise NotImplementedError
 
-    def apply(self, xp: Any, theta: Array, g: Array, slots: Slots, c: tuple[float, ...], s: tuple[Array, Array]) -> None:
+    def apply(
+        self, xp: Any, theta: Array, g: Array, slots: Slots, c: tuple[float, ...], s: tuple[Array, Array]
+    ) -> None:
         """One step, in place; g is only read."""
         raise NotImplementedError
 
@@ -102,7 +105,9 @@ class SGD(Optimizer):
         """(lr,)."""
         return (lr,)
 
-    def apply(self, xp: Any, theta: Array, g: Array, slots: Slots, c: tuple[float, ...], s: tuple[Array, Array]) -> None:
+    def apply(
+        self, xp: Any, theta: Array, g: Array, slots: Slots, c: tuple[float, ...], s: tuple[Array, Array]
+    ) -> None:
         """One step, in place; g is only read."""
         (lr,) = c
         if self.weight_decay:
@@ -142,7 +147,9 @@ class Adam(Optimizer):
 
     def __post_init__(self) -> None:
         if not (isinstance(self.betas, (tuple, list)) and len(self.betas) == 2):
-            raise ConfigError(f"{type(self).__name__}: betas is {self.betas!r}", "give two numbers, such as (0.9, 0.999)")
+            raise ConfigError(
+                f"{type(self).__name__}: betas is {self.betas!r}", "give two numbers, such as (0.9, 0.999)"
+            )
         object.__setattr__(self, "betas", tuple(self.betas))
         super().__post_init__()
 
@@ -152,12 +159,14 @@ class Adam(Optimizer):
         return 3 if self.amsgrad else 2
 
     def coefficients(self, lr: float, t: int) -> tuple[float, ...]:
-        """The factors of theta's own decay, of m / (sqrt(v) + eps'), and eps' = eps sqrt(1 - beta2^t) (Kingma and Ba, end of sec. 2)."""
+        """decay, rate, eps' of theta decay - rate m / (sqrt(v) + eps'), the order of Kingma and Ba, section 2."""
         beta1, beta2 = self.betas
         root = math.sqrt(1 - beta2**t)
         return 1.0, lr * root / (1 - beta1**t), self.eps * root
 
-    def apply(self, xp: Any, theta: Array, g: Array, slots: Slots, c: tuple[float, ...], s: tuple[Array, Array]) -> None:
+    def apply(
+        self, xp: Any, theta: Array, g: Array, slots: Slots, c: tuple[float, ...], s: tuple[Array, Array]
+    ) -> None:
         """One step, in place; g is only read."""
         m, v = slots[:2]
         decay, rate, eps = c

@@ -1,4 +1,4 @@
-"""Schedules: the learning rate over a run. A schedule maps a step (from 0) and the run's number of steps to a factor on lr."""
+"""Schedules: the learning rate over a run. A schedule maps a step (from 0) and the count of steps to a factor on lr."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def constant(step: int, total: int) -> float:
 
 
 def cosine(step: int, total: int) -> float:
-    """(1 + cos(pi step / total)) / 2: from 1 at the first step to nearly 0 at the last (Loshchilov and Hutter, 2017)."""
+    """(1 + cos(pi step / total)) / 2: from 1 at the first step to nearly 0 at the last (Loshchilov, Hutter 2017)."""
     return 0.5 * (1 + math.cos(math.pi * step / total))
 
 

@@ -33,8 +33,8 @@ class History:
     """What happened, one entry an epoch in each list.
 
     `train_cost`, `train_accuracy`: means over the epoch's training steps, each step measured before its update.
-    `validation_cost`, `validation_accuracy`: after the epoch. Accuracies are None for regression, validation without data.
-    `lr`: of the epoch's last step. `steps`: done so far. `seconds`: spent in training steps.
+    `validation_cost`, `validation_accuracy`: after the epoch. Accuracies are None for regression, validation without
+    data. `lr`: of the epoch's last step. `steps`: done so far. `seconds`: spent in training steps.
     """
 
     epoch: list[int] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Evaluation(NamedTuple):
 
 @dataclass
 class Run:
-    """A training run as callbacks see it. `epoch` and `step` count from 1; setting `stop` ends the run after this epoch."""
+    """A training run as callbacks see it. `epoch` and `step` count from 1; set `stop` to end it after this epoch."""
 
     net: Network
     epochs: int
@@ -91,17 +91,18 @@ def train(
 ) -> History:
     """Train `net` in place on X (m, N_0) and T, and return the history.
 
-    X, T: see `Network.forward` and `Network.gradients`; NumPy data that fits the network's dtype (or is uint8) is used where it
-    lies, on a GPU it is copied to the device once. `cost`, `optimizer`, `schedule`: by name or as they are; the schedule's
-    factor multiplies the optimizer's lr. Each epoch visits the samples in a fresh order drawn from (seed, epoch); the last,
-    smaller batch is kept, its mean taken over its own size. A second call starts with fresh slots.
+    X, T: see `Network.forward` and `Network.gradients`; NumPy data that fits the network's dtype (or is uint8) is used
+    where it lies, on a GPU it is copied to the device once. `cost`, `optimizer`, `schedule`: by name or as they are;
+    the schedule's factor multiplies the optimizer's lr. Each epoch visits the samples in a fresh order drawn from
+    (seed, epoch); the last, smaller batch is kept, its mean taken over its own size. A second call starts with fresh
+    slots.
 
-    `callbacks`: each is called with the `Run` after every epoch; one with a method `on_step` gets it called with the Run
-    after every step too. `save`: where to write the network when training is over.
+    `callbacks`: each is called with the `Run` after every epoch; one with a method `on_step` gets it called with the
+    Run after every step too. `save`: where to write the network when training is over.
 
     Ctrl-C ends training after the step it falls into, raising KeyboardInterrupt with the network at that whole step; a
-    second Ctrl-C does not wait. Raises DataError, ConfigError; DivergenceError when cost or gradient are not finite, with the
-    network as it was before that step; CheckpointError when `save` cannot be written.
+    second Ctrl-C does not wait. Raises DataError, ConfigError; DivergenceError when cost or gradient are not finite,
+    with the network as it was before that step; CheckpointError when `save` cannot be written.
     """
     chosen = choose_cost(cost, net.output)
     rule, factor = choose_optimizer(optimizer), choose_schedule(schedule)
@@ -186,7 +187,7 @@ def _evaluate(net: Network, data: Array, wanted: Array, task: str, cost: Cost) -
 
 
 def _checked(net: Network, X: Any, T: Any, cost: Cost) -> tuple[Array, Array, str]:
-    """Features, targets, and what to count as predicted right: nothing where targets under a sigmoid are not all 0 or 1."""
+    """Features, targets, and the task for counting: "regression" where targets under a sigmoid are not all 0 or 1."""
     data = inputs.features(X, net.layers[0], net.dtype)
     wanted = inputs.targets(T, len(data), net.layers[-1], cost.name, net.dtype)
     task = "labels" if wanted.ndim == 1 else natural_task(net.g, net.layers[-1])
@@ -215,7 +216,10 @@ def _call(callback: Callback, run: Run) -> None:
     try:
         callback(run)
     except Exception as e:
-        e.add_note(f"raised by the callback {callback!r} in epoch {run.epoch}, step {run.step}; the network is at that whole step")
+        e.add_note(
+            f"raised by the callback {callback!r} in epoch {run.epoch}, after step {run.step}; "
+            "the network is at that whole step"
+        )
         raise
 
 

@@ -1,0 +1,1 @@
+"""Measurements of backprop_gpu; run from the top of a checkout."""

@@ -16,7 +16,7 @@ from .npz import read_npy, read_npz
 __all__ = ["Dataset", "load", "read_idx", "read_npy", "read_npz"]
 
 MNIST = Path(__file__).resolve().parent / "mnist"
-NAMES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"), "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
+NAMES = (("train-images-idx3-ubyte", "train-labels-idx1-ubyte"), ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"))
 MNIST_SHA256 = {  # of the unpacked files
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -28,8 +28,8 @@ MNIST_SHA256 = {  # of the unpacked files
 class Dataset(NamedTuple):
     """Samples and what is to be learnt of them.
 
-    `images` (n, features): uint8 from IDX files, any numbers from an .npz file. `labels` (n,): uint8 from IDX files; from an
-    .npz file labels or targets as they are there.
+    `images` (n, features): uint8 from IDX files, any numbers from an .npz file. `labels` (n,): uint8 from IDX files;
+    from an .npz file labels or targets as they are there.
     """
 
     images: np.ndarray
@@ -54,7 +54,7 @@ def load(source: str | os.PathLike[str] = "mnist") -> tuple[Dataset, Dataset | N
 
 def _directory(folder: Path, sha256: dict[str, str]) -> tuple[Dataset, Dataset]:
     parts = []
-    for images_name, labels_name in NAMES.values():
+    for images_name, labels_name in NAMES:
         images = read_idx(_find(folder, images_name), 3, sha256=sha256.get(images_name))
         labels = read_idx(_find(folder, labels_name), 1, sha256=sha256.get(labels_name))
         if len(images) != len(labels):
@@ -76,21 +76,26 @@ def _find(folder: Path, name: str) -> Path:
     for path in (folder / name, folder / f"{name}.gz"):
         if path.exists():
             return path
-    raise DataError(f"{folder} has no file {name} or {name}.gz", f"put MNIST's four names there: {', '.join(MNIST_SHA256)}")
+    raise DataError(
+        f"{folder} has no file {name} or {name}.gz", f"put MNIST's four names there: {', '.join(MNIST_SHA256)}"
+    )
 
 
 def _npz(path: Path) -> tuple[Dataset, Dataset | None]:
     arrays = read_npz(path)
-    parts = {}
+    parts: dict[str, Dataset] = {}
     for part in ("train", "test"):
         x, y = arrays.get(f"x_{part}"), arrays.get(f"y_{part}")
         if x is None and y is None and part == "test":
             return parts["train"], None
         if x is None or y is None:
-            raise DataError(f"{path} lacks {'x' if x is None else 'y'}_{part}", "save x_train, y_train, x_test, y_test in it")
+            raise DataError(
+                f"{path} lacks {'x' if x is None else 'y'}_{part}", "save x_train, y_train, x_test, y_test in it"
+            )
         if x.ndim < 2 or y.ndim < 1 or len(x) != len(y):
             raise DataError(
-                f"{path}: x_{part} has shape {x.shape}, y_{part} {y.shape}", "save one row of x and one entry of y a sample"
+                f"{path}: x_{part} has shape {x.shape}, y_{part} {y.shape}",
+                "save one row of x and one entry of y a sample",
             )
         parts[part] = Dataset(x.reshape(len(x), math.prod(x.shape[1:])), y)
     return parts["train"], parts["test"]

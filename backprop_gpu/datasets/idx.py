@@ -1,7 +1,7 @@
 """IDX files, the format of MNIST: two zero bytes, a type code, the number of dimensions, the dimensions, the elements.
 
-Only unsigned bytes are read (type code 8). Nothing in the file is believed before it is checked: never more is read than the
-header announces plus one byte, and never more is announced than `max_bytes` or the file's own size can hold.
+Only unsigned bytes are read (type code 8). Nothing in the file is believed before it is checked: never more is read
+than the header announces plus one byte, and never more is announced than `max_bytes` or the file's own size can hold.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _DEFLATE_LIMIT = 1032  # no deflate stream unpacks to more than this many times 
 def read_idx(path: Path, ndim: int, max_bytes: int = MAX_BYTES, sha256: str | None = None) -> np.ndarray:
     """The uint8 array of an IDX file, plain or compressed with gzip (told by its first bytes).
 
-    `ndim`: how many dimensions it must have (MNIST: images 3, labels 1). `sha256`: of the unpacked file, checked where given.
-    Raises DataError, naming file and bytes, for a file that is missing, no IDX file, damaged, truncated, longer than its header
-    says, larger than `max_bytes`, or another than its digest says.
+    `ndim`: how many dimensions it must have (MNIST: images 3, labels 1). `sha256`: of the unpacked file, checked where
+    given. Raises DataError, naming file and bytes, for a file that is missing, no IDX file, damaged, truncated, longer
+    than its header says, larger than `max_bytes`, or another than its digest says.
     """
     path = Path(path)
     with _open(path) as file:
@@ -48,7 +48,8 @@ def read_idx(path: Path, ndim: int, max_bytes: int = MAX_BYTES, sha256: str | No
         if head[3] != ndim:
             kind = {1: "labels", 3: "images"}
             raise _bad(
-                path, f"has {head[3]} dimensions ({kind.get(head[3], 'neither')}), not {ndim} ({kind.get(ndim, 'an array')})"
+                path,
+                f"has {head[3]} dimensions ({kind.get(head[3], 'neither')}), not {ndim} ({kind.get(ndim, 'an array')})",
             )
         dims_bytes = stream.read(4 * ndim)
         if len(dims_bytes) < 4 * ndim:
@@ -62,13 +63,15 @@ def read_idx(path: Path, ndim: int, max_bytes: int = MAX_BYTES, sha256: str | No
         if expected > size * (_DEFLATE_LIMIT if packed else 1):
             raise _bad(path, f"announces {expected} bytes, dimensions {shape}, which its {size} bytes cannot hold")
         data = np.empty(expected, np.uint8)
-        got = stream.read_into(memoryview(data))
+        got = stream.read_into(data.data)
         if got < expected:
             raise _bad(path, f"is truncated: {got} of {expected} bytes of data")
         if stream.read(1):
             raise _bad(path, f"is longer than its header says: more than {expected} bytes of data")
         if sha256 is not None and digest.hexdigest() != sha256:
-            raise _bad(path, f"is not the file it should be: its SHA-256 is {digest.hexdigest()[:16]}..., not {sha256[:16]}...")
+            raise _bad(
+                path, f"is not the file it should be: its SHA-256 is {digest.hexdigest()[:16]}..., not {sha256[:16]}..."
+            )
         return data.reshape(shape)
 
 

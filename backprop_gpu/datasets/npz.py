@@ -1,4 +1,4 @@
-"""NumPy's own files: .npz archives with x_train, y_train, x_test, y_test, and single .npy arrays. Never pickled ones."""
+"""NumPy's own files: .npz archives with x_train, y_train, x_test, y_test, and single .npy arrays; never pickled."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_npz(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:
 
 
 def _read(file: IO[bytes], size: int, what: str, max_bytes: int) -> np.ndarray:
-    """One array in .npy form of `size` bytes, header included; memory is taken only after the header has been checked."""
+    """One array in .npy form of `size` bytes, header included; memory is taken once the header has been checked."""
     cure = "write it again with numpy.save or numpy.savez, as plain numbers"
     try:
         version = np.lib.format.read_magic(file)
