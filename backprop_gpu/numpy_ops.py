@@ -84,9 +84,9 @@ def hidden_delta(W: Array, Delta: Array, f: Activation, Z: Array, A: Array, out:
     if f.derivative is None:
         return
     K = Z if f.derivative_from == "Z" else A
-    for rows, s in _row_blocks(out):
-        f.derivative(np, K[rows], s[2], s)
-        np.multiply(out[rows], s[2], out=out[rows])
+    for rows, (D, *s) in _row_blocks(out):
+        f.derivative(np, K[rows], D, s)
+        np.multiply(out[rows], D, out=out[rows])
 
 
 def gradients(Delta: Array, A_below: Array, dW: Array, db: Array | None) -> None:

@@ -219,8 +219,8 @@ OPTIMIZERS: dict[str, tuple[float, Callable[[float], Optimizer]]] = {
     "sgd": (0.1, SGD),
     "momentum": (0.05, lambda lr: SGD(lr, momentum=0.9)),
     "nesterov": (0.05, lambda lr: SGD(lr, momentum=0.9, nesterov=True)),
-    "adam": (1e-3, Adam),
-    "adamw": (1e-3, AdamW),
+    "adam": (2e-3, Adam),
+    "adamw": (2e-3, AdamW),
 }
 
 

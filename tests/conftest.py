@@ -1,0 +1,53 @@
+"""Fixtures: the backends that one suite runs on, and MNIST."""
+
+import os
+
+import fake_cupy
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+import backprop_gpu as bp
+from backprop_gpu import backend as backends
+
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("suite")
+
+REQUIRED = os.environ.get("BACKPROP_GPU_REQUIRE") == "1"
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch):
+    for name in ("BACKPROP_GPU_BACKEND", "BACKPROP_GPU_DEVICE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def _real_gpu():
+    try:
+        return backends.choose("cupy")
+    except bp.BackendError as e:
+        if REQUIRED:
+            pytest.fail(f"BACKPROP_GPU_REQUIRE=1, but {e.cause}")
+        pytest.skip(f"no GPU: {e.cause}")
+
+
+@pytest.fixture(params=["numpy", "fake cupy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def backend(request):
+    """Each backend in turn: NumPy, CuPy's Python on a stand-in, CuPy on a real GPU."""
+    if request.param == "numpy":
+        yield backends.choose("numpy")
+    elif request.param == "fake cupy":
+        with fake_cupy.installed():
+            yield backends.choose("cupy")
+    else:
+        yield _real_gpu()
+
+
+@pytest.fixture(scope="session")
+def mnist():
+    return bp.datasets.load("mnist")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20240904)

@@ -1,0 +1,207 @@
+"""Every operation, on every backend, against its literal formula at awkward sizes."""
+
+import formulas
+import numpy as np
+import pytest
+
+from backprop_gpu import SGD, Adam, AdamW, numpy_ops
+from backprop_gpu.activations import HIDDEN, IDENTITY, OUTPUT
+from backprop_gpu.backend import to_host
+from backprop_gpu.costs import COSTS
+
+SIZES = [(1, 1), (1, 31), (33, 1), (31, 33), (3, 257), (127, 10)]
+DTYPES = [np.float32, np.float64]
+PAIRS = [(c, OUTPUT[g]) for c in COSTS.values() for g in OUTPUT if c.outputs is None or g in c.outputs]
+
+
+def tolerance(dtype, scale=1.0):
+    # float32: rtol 1.3e-6, atol 1e-5 (of values near `scale`); float64: 1e-13
+    return {"rtol": 2e-6, "atol": 1e-5 * scale} if dtype == np.float32 else {"rtol": 1e-12, "atol": 1e-13 * scale}
+
+
+def device(backend, *arrays):
+    return [None if a is None else backend.asarray(a.copy()) for a in arrays]
+
+
+def elementwise(f, M):
+    return np.array([[f(float(v)) for v in row] for row in M])
+
+
+@pytest.fixture(params=DTYPES, ids=["float32", "float64"])
+def dtype(request):
+    return request.param
+
+
+@pytest.mark.parametrize(("m", "n"), SIZES)
+@pytest.mark.parametrize("kind", ["indices", "slice"])
+def test_gather(backend, rng, dtype, m, n, kind):
+    images = rng.integers(0, 256, (200, n)).astype(np.uint8)
+    floats, labels = rng.normal(size=(200, n)).astype(dtype), rng.integers(0, 10, 200)
+    rows = rng.integers(0, 200, m) if kind == "indices" else slice(3, 3 + m)
+    for data, wanted in ((images, images[rows].astype(dtype) / dtype(255)), (floats, floats[rows]), (labels, labels[rows])):
+        out = backend.xp.empty(wanted.shape, wanted.dtype)
+        on_device = backend.asarray(rows) if kind == "indices" else rows
+        backend.ops.gather(backend.asarray(data), on_device, out)
+        np.testing.assert_array_equal(to_host(out), wanted)
+
+
+@pytest.mark.parametrize("f", HIDDEN.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize(("m", "n"), SIZES)
+def test_affine_activate(backend, rng, dtype, m, n, f):
+    below = 5
+    W, A, b = (rng.normal(size=s).astype(dtype) for s in ((n, below), (m, below), (n,)))
+    for bias in (b, None):
+        z = A.astype(float) @ W.astype(float).T + (0 if bias is None else bias.astype(float))
+        wanted = elementwise(formulas.VALUE[f.name], z)
+        dW, dA, db = device(backend, W, A, bias)
+        Z, out = backend.xp.empty((m, n), dtype), backend.xp.empty((m, n), dtype)
+        backend.ops.affine_activate(dW, dA, db, f, Z, out)
+        np.testing.assert_allclose(to_host(Z), z, **tolerance(dtype, 10))
+        np.testing.assert_allclose(to_host(out), wanted, **tolerance(dtype, 10))
+        in_place = backend.xp.empty((m, n), dtype)
+        backend.ops.affine_activate(dW, dA, db, f, in_place, in_place)
+        np.testing.assert_array_equal(to_host(in_place), to_host(out))
+
+
+@pytest.mark.parametrize("f", HIDDEN.values(), ids=lambda f: f.name)
+@pytest.mark.parametrize(("m", "n"), SIZES)
+def test_hidden_delta(backend, rng, dtype, m, n, f):
+    above = 7
+    W, Delta = rng.normal(size=(above, n)).astype(dtype), rng.normal(size=(m, above)).astype(dtype)
+    Z = (3 * rng.normal(size=(m, n))).astype(dtype)
+    A = elementwise(formulas.VALUE[f.name], Z).astype(dtype)
+    wanted = elementwise(formulas.DERIVATIVE[f.name], Z) * (Delta.astype(float) @ W.astype(float))
+    kept = (Z, np.full_like(A, np.nan)) if f.derivative_from == "Z" else (np.full_like(Z, np.nan), A)  # only one is read
+    dW, dDelta, dZ, dA = device(backend, W, Delta, *kept)
+    out = backend.xp.empty((m, n), dtype)
+    backend.ops.hidden_delta(dW, dDelta, f, dZ, dA, out)
+    np.testing.assert_allclose(to_host(out), wanted, **tolerance(dtype, 10))
+
+
+@pytest.mark.parametrize("g", OUTPUT.values(), ids=lambda g: g.name)
+@pytest.mark.parametrize(("m", "n"), SIZES)
+def test_output(backend, rng, dtype, m, n, g):
+    Z = (3 * rng.normal(size=(m, n))).astype(dtype)
+    A = backend.xp.empty((m, n), dtype)
+    backend.ops.output(g, *device(backend, Z), A)
+    np.testing.assert_allclose(to_host(A), [formulas.output(g.name, row) for row in Z.tolist()], **tolerance(dtype))
+
+
+@pytest.mark.parametrize("kind", ["labels", "rows"])
+@pytest.mark.parametrize(("cost", "g"), PAIRS, ids=lambda x: x.name)
+@pytest.mark.parametrize(("m", "n"), SIZES)
+def test_output_delta(backend, rng, dtype, m, n, cost, g, kind):
+    Z = (3 * rng.normal(size=(m, n))).astype(dtype)
+    labels = rng.integers(0, n, m)
+    rows = {"cross_entropy": rng.dirichlet(np.ones(n), m), "binary_cross_entropy": rng.random((m, n))}.get(
+        cost.name, rng.normal(size=(m, n))
+    )
+    T, dense = (labels, np.eye(n)[labels]) if kind == "labels" else (rows.astype(dtype), rows.astype(dtype))
+    Delta, C = backend.xp.empty((m, n), dtype), backend.xp.empty(m, dtype)
+    dZ, dT = device(backend, Z, T)
+    backend.ops.output_delta(cost, g, dZ, dT, 0.25, Delta, C)
+    wanted_C = [formulas.cost(cost.name, g.name, z, t) for z, t in zip(Z.tolist(), dense.tolist(), strict=True)]
+    wanted = [formulas.delta(cost.name, g.name, z, t) for z, t in zip(Z.tolist(), dense.tolist(), strict=True)]
+    np.testing.assert_allclose(to_host(C), wanted_C, **tolerance(dtype, n))
+    np.testing.assert_allclose(to_host(Delta), 0.25 * np.array(wanted), **tolerance(dtype, 10))
+    np.testing.assert_array_equal(to_host(dZ), Z)
+
+
+@pytest.mark.parametrize(("name", "g"), [("cross_entropy", "softmax"), ("binary_cross_entropy", "sigmoid")])
+def test_costs_survive_extreme_logits(backend, dtype, name, g):
+    Z = np.array([[1e4, -1e4, 0], [-1e4, -1e4, -1e4], [1e4, 1e4, 1e4], [88.8, -88.8, 0.1]], dtype)
+    T = np.array([[0, 1, 0]] * 4, dtype)
+    Delta, C = backend.xp.empty(Z.shape, dtype), backend.xp.empty(4, dtype)
+    with np.errstate(over="ignore"):
+        backend.ops.output_delta(COSTS[name], OUTPUT[g], *device(backend, Z, T), 1.0, Delta, C)
+    assert np.isfinite(to_host(C)).all()
+    assert np.isfinite(to_host(Delta)).all()
+    wanted = [formulas.cost(name, g, z, t) for z, t in zip(Z.tolist(), T.tolist(), strict=True)]
+    np.testing.assert_allclose(to_host(C), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("m", "n"), SIZES)
+def test_gradients(backend, rng, dtype, m, n):
+    Delta, A = rng.normal(size=(m, n)).astype(dtype), rng.normal(size=(m, 9)).astype(dtype)
+    dDelta, dA = device(backend, Delta, A)
+    dW, db = backend.xp.empty((n, 9), dtype), backend.xp.empty(n, dtype)
+    backend.ops.gradients(dDelta, dA, dW, db)
+    wanted = np.zeros((n, 9))
+    for i in range(m):
+        wanted += np.outer(Delta[i].astype(float), A[i].astype(float))
+    np.testing.assert_allclose(to_host(dW), wanted, **tolerance(dtype, 10))
+    np.testing.assert_allclose(to_host(db), Delta.astype(float).sum(axis=0), **tolerance(dtype, 10))
+    backend.ops.gradients(dDelta, dA, dW, None)
+
+
+@pytest.mark.parametrize(
+    ("task", "g", "Z", "T", "right"),
+    [
+        ("labels", "softmax", [[1, 2, 0], [3, 1, 1], [0, 0, 5]], [1, 2, 2], 2),
+        ("labels", "identity", [[1, 2, 0], [3, 1, 1]], [[0, 1, 0], [0, 0, 1]], 1),
+        ("labels", "gelu", [[-3.0, -0.7], [-0.7, -3.0]], [0, 0], 1),  # gelu(-3) > gelu(-0.7): not by the larger z
+        ("binary", "sigmoid", [[0.1], [-0.1], [2]], [[1], [1], [0]], 1),
+        ("multilabel", "sigmoid", [[1, -1], [1, 1], [-1, -1]], [[1, 0], [1, 0], [0, 0]], 2),
+        ("regression", "identity", [[1.0], [2.0]], [[1.0], [2.0]], 0),
+    ],
+)
+def test_count(backend, dtype, task, g, Z, T, right):
+    Z = np.array(Z, dtype)
+    T = np.array(T, np.intp if np.ndim(T) == 1 else dtype)
+    out = backend.xp.zeros(2, np.float64)
+    backend.ops.count(task, OUTPUT[g], *device(backend, Z, T, np.arange(len(Z)).astype(dtype)), out)
+    assert to_host(out).tolist() == [sum(range(len(Z))), right]
+
+
+@pytest.mark.parametrize("rule", [SGD(0.1), SGD(0.1, momentum=0.9), Adam(), AdamW(), Adam(amsgrad=True)], ids=repr)
+@pytest.mark.parametrize("bad", ["cost", "gradient"])
+def test_update_keeps_everything_from_the_first_step_that_is_not_finite(backend, rng, dtype, rule, bad):
+    n = 100
+    theta, *slots = (abs(rng.normal(size=n)).astype(dtype) for _ in range(1 + rule.slots))
+    g = rng.normal(size=n).astype(dtype)
+    measured = np.array([1.0, 0.0])
+    if bad == "cost":
+        measured[0] = np.inf
+    else:
+        g[57] = np.nan
+    d_theta, d_g, d_measured, *d_slots = device(backend, theta, g, measured, *slots)
+    diverged = backend.xp.zeros(1, np.int64)
+    with np.errstate(all="ignore"):
+        backend.ops.update(rule, d_theta, d_g, tuple(d_slots), 0.1, 3, d_measured, diverged)
+        assert int(diverged[0]) == 3
+        fine = device(backend, rng.normal(size=n).astype(dtype), np.array([1.0, 0.0]))
+        backend.ops.update(rule, d_theta, fine[0], tuple(d_slots), 0.1, 4, fine[1], diverged)
+    assert int(diverged[0]) == 3
+    for kept, old in zip((d_theta, *d_slots), (theta, *slots), strict=True):
+        np.testing.assert_array_equal(to_host(kept), old)
+
+
+def test_update_in_blocks_is_update_in_one(monkeypatch, rng):
+    """A theta of several blocks and a rest moves as in one block."""
+    results = []
+    for block in (1 << 20, 7, 64):
+        monkeypatch.setattr(numpy_ops, "BLOCK", block)
+        r = np.random.default_rng(0)
+        theta, g, m, v = r.normal(size=1001), r.normal(size=1001), np.zeros(1001), np.zeros(1001)
+        numpy_ops.update(AdamW(), theta, g, (m, v), 0.1, 1, np.zeros(2), np.zeros(1, int))
+        results.append(np.concatenate([theta, m, v]))
+    np.testing.assert_array_equal(results[0], results[1])
+    np.testing.assert_array_equal(results[0], results[2])
+
+
+def test_row_blocks_give_what_one_block_gives(monkeypatch, rng):
+    Z = rng.normal(size=(33, 31))
+    whole, cut = np.empty_like(Z), np.empty_like(Z)
+    for g in OUTPUT.values():
+        numpy_ops.output(g, Z, whole)
+        with monkeypatch.context() as patch:
+            patch.setattr(numpy_ops, "BLOCK", 100)
+            numpy_ops.output(g, Z, cut)
+        np.testing.assert_array_equal(whole, cut)
+
+
+def test_identity_in_place_is_the_affine_map(backend):
+    W, A = np.array([[2.0]]), np.array([[3.0]])
+    Z = backend.xp.empty((1, 1))
+    backend.ops.affine_activate(*device(backend, W, A), None, IDENTITY, Z, Z)
+    assert to_host(Z).tolist() == [[6.0]]
