@@ -216,9 +216,9 @@ def _plus_decay(xp: Any, g: Array, weight_decay: float, theta: Array, out: Array
 
 # By name, as on the command line: a learning rate that suits MNIST-sized networks, and the rule at a learning rate.
 OPTIMIZERS: dict[str, tuple[float, Callable[[float], Optimizer]]] = {
-    "sgd": (0.1, SGD),
-    "momentum": (0.05, lambda lr: SGD(lr, momentum=0.9)),
-    "nesterov": (0.05, lambda lr: SGD(lr, momentum=0.9, nesterov=True)),
+    "sgd": (0.3, SGD),
+    "momentum": (0.1, lambda lr: SGD(lr, momentum=0.9)),
+    "nesterov": (0.1, lambda lr: SGD(lr, momentum=0.9, nesterov=True)),
     "adam": (2e-3, Adam),
     "adamw": (2e-3, AdamW),
 }

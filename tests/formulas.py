@@ -32,8 +32,9 @@ DERIVATIVE = {
     "leaky_relu": lambda z: 1.0 if z > 0 else 0.01,
     "softplus": sigmoid,
     "swish": lambda z: sigmoid(z) + z * sigmoid(z) * sigmoid(-z),
-    "gelu": lambda z: 0.5 * (1 + _gelu_inner(z))
-    + 0.5 * z * (1 - _gelu_inner(z) ** 2) * SQRT_2_PI * (1 + 3 * 0.044715 * z**2),
+    "gelu": lambda z: (
+        0.5 * (1 + _gelu_inner(z)) + 0.5 * z * (1 - _gelu_inner(z) ** 2) * SQRT_2_PI * (1 + 3 * 0.044715 * z**2)
+    ),
     "elu": lambda z: 1.0 if z > 0 else math.exp(z),
 }
 

@@ -38,7 +38,11 @@ def test_gather(backend, rng, dtype, m, n, kind):
     images = rng.integers(0, 256, (200, n)).astype(np.uint8)
     floats, labels = rng.normal(size=(200, n)).astype(dtype), rng.integers(0, 10, 200)
     rows = rng.integers(0, 200, m) if kind == "indices" else slice(3, 3 + m)
-    for data, wanted in ((images, images[rows].astype(dtype) / dtype(255)), (floats, floats[rows]), (labels, labels[rows])):
+    for data, wanted in (
+        (images, images[rows].astype(dtype) / dtype(255)),
+        (floats, floats[rows]),
+        (labels, labels[rows]),
+    ):
         out = backend.xp.empty(wanted.shape, wanted.dtype)
         on_device = backend.asarray(rows) if kind == "indices" else rows
         backend.ops.gather(backend.asarray(data), on_device, out)
@@ -71,7 +75,9 @@ def test_hidden_delta(backend, rng, dtype, m, n, f):
     Z = (3 * rng.normal(size=(m, n))).astype(dtype)
     A = elementwise(formulas.VALUE[f.name], Z).astype(dtype)
     wanted = elementwise(formulas.DERIVATIVE[f.name], Z) * (Delta.astype(float) @ W.astype(float))
-    kept = (Z, np.full_like(A, np.nan)) if f.derivative_from == "Z" else (np.full_like(Z, np.nan), A)  # only one is read
+    kept = (
+        (Z, np.full_like(A, np.nan)) if f.derivative_from == "Z" else (np.full_like(Z, np.nan), A)
+    )  # only one is read
     dW, dDelta, dZ, dA = device(backend, W, Delta, *kept)
     out = backend.xp.empty((m, n), dtype)
     backend.ops.hidden_delta(dW, dDelta, f, dZ, dA, out)
