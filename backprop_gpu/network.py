@@ -29,6 +29,7 @@ from .errors import ConfigError, lookup
 from .initializers import INITIALIZERS
 
 PRECISIONS: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
+MAX_WEIGHTS = 1 << 36  # 256 GiB in float32; more is a slip of the keyboard
 CHUNK_ROWS = 1024  # samples a pass when there is no gradient to take
 
 # ---------------------------------------------------------------------------------------------- the equations
@@ -353,6 +354,8 @@ def _widths(layers: Any) -> list[int]:
         raise ConfigError(f"layers is {layers!r}", "give all widths as integers, such as [784, 100, 10]") from None
     if len(widths) < 2 or min(widths) < 1:
         raise ConfigError(f"layers is {widths}", "give two widths at least, each 1 or more, such as [784, 100, 10]")
+    if sum(o * i for o, i in zip(widths[1:], widths, strict=False)) > MAX_WEIGHTS:
+        raise ConfigError(f"layers is {widths}: more than {MAX_WEIGHTS} weights", "give smaller widths")
     return widths
 
 

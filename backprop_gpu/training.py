@@ -73,6 +73,7 @@ class Run:
 
 
 Callback = Callable[[Run], Any]
+BATCH_SIZE = 128
 
 
 def train(
@@ -83,7 +84,7 @@ def train(
     optimizer: Optimizer | str = Adam(),  # noqa: B008 - frozen, no state
     schedule: Schedule | str | None = None,
     epochs: int = 10,
-    batch_size: int = 128,
+    batch_size: int = BATCH_SIZE,
     validation: tuple[Any, Any] | None = None,
     callbacks: Sequence[Callback] = (),
     seed: int = 0,
@@ -94,8 +95,8 @@ def train(
     X, T: see `Network.forward` and `Network.gradients`; NumPy data that fits the network's dtype (or is uint8) is used
     where it lies, on a GPU it is copied to the device once. `cost`, `optimizer`, `schedule`: by name or as they are;
     the schedule's factor multiplies the optimizer's lr. Each epoch visits the samples in a fresh order drawn from
-    (seed, epoch); the last, smaller batch is kept, its mean taken over its own size. A second call starts with fresh
-    slots.
+    (seed, epoch); the last, smaller batch is kept, its mean taken over its own size. A batch_size above the number of
+    samples means all of them, with a warning unless it is the default. A second call starts with fresh slots.
 
     `callbacks`: each is called with the `Run` after every epoch; one with a method `on_step` gets it called with the
     Run after every step too. `save`: where to write the network when training is over.
@@ -112,7 +113,8 @@ def train(
     held_out = None if validation is None else _checked(net, *_pair(validation), chosen)
     n = len(data)
     if batch_size > n:
-        warnings.warn(f"batch_size {batch_size} is more than the {n} samples: each batch holds all {n}", stacklevel=2)
+        if batch_size != BATCH_SIZE:
+            warnings.warn(f"batch_size {batch_size} is more than the {n} samples: each batch holds all", stacklevel=2)
         batch_size = n
     if save is not None:
         check_target(save)

@@ -1,7 +1,7 @@
 """A stand-in for CuPy on machines without a GPU: NumPy behind an array type as opaque as CuPy's.
 
-Device arrays refuse to mix with NumPy arrays or to turn into them by accident, as CuPy's do; every crossing of the bus is
-counted. `RawKernel` compiles nothing: it knows the probe kernel alone. What it proves is that the CuPy backend's own
+Device arrays refuse to mix with NumPy arrays or to turn into them by accident, as CuPy's do; every crossing of the bus
+is counted. `RawKernel` compiles nothing: it knows the probe kernel alone. What it proves is that the CuPy backend's own
 Python is sound: names, arguments, dtypes, where each array lives. Its likeness to CuPy has not been checked on a GPU.
 """
 

@@ -1,4 +1,4 @@
-"""The formulas as the notes write them, one number at a time, in Python's own floats: what the operations are held to."""
+"""The formulas as the notes write them, one number at a time, in Python's floats: what the operations are held to."""
 
 import math
 

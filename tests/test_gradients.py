@@ -43,7 +43,7 @@ def problem(f, cost, g, bias, hidden, m=5):
         page = net.backward(X, T, cost)
         functions = [f] * hidden + [g]
         near = [np.abs(Z).min() for Z, h in zip(page["Z"][1:], functions, strict=True) if h in KINKED]
-        # A difference of two costs is exact to about 1e-16 C, the quotient to 1e-11 C: the gradient must stand above that.
+        # A difference of two costs is exact to about 1e-16 C, the quotient to 1e-11 C: gradients must stand above that.
         small = min(np.sqrt(np.mean(d**2)) for d in (*page["W"][1:], *page["b"][1:]) if d is not None)
         if (not near or min(near) > 1e3 * EPS) and small > 1e-3 * page["cost"]:
             return net, X, T, page
