@@ -40,7 +40,7 @@ def save_network(net: Network, path: str | os.PathLike[str]) -> None:
     tensors = {name: np.ascontiguousarray(to_host(p)) for name, p in _tensors(net).items()}
     config = {**{name: getattr(net, name) for name in _SETTINGS}, "cost": net.cost, "task": net.task}
     metadata = {"format": FORMAT, "format_version": VERSION, "config": json.dumps(config)}
-    write_atomically(check_target(path), save(tensors, metadata))
+    write_atomically(check_target(path), _in_order(save(tensors, metadata)))
 
 
 def load_network(path: str | os.PathLike[str], backend: str = "auto") -> Network:
@@ -113,6 +113,14 @@ def _load(path: Path, backend: str) -> Network:
         p[...] = net.backend.asarray(values[name])
     net.init, net.cost, net.task = settings["init"], cost, config["task"]
     return net
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same file, its header sorted: the library's order is random, and equal networks shall give equal files."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
 def _refuse_lying_size(layers: Any, size: int) -> None:

@@ -97,5 +97,7 @@ def _npz(path: Path) -> tuple[Dataset, Dataset | None]:
                 f"{path}: x_{part} has shape {x.shape}, y_{part} {y.shape}",
                 "save one row of x and one entry of y a sample",
             )
+        if len(x) == 0:
+            raise DataError(f"{path}: x_{part} has no samples", "save one row at least")
         parts[part] = Dataset(x.reshape(len(x), math.prod(x.shape[1:])), y)
     return parts["train"], parts["test"]

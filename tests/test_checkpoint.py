@@ -1,0 +1,184 @@
+"""Model files: what is saved comes back, and nothing else does."""
+
+import json
+import os
+import stat
+
+import numpy as np
+import pytest
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+import backprop_gpu as bp
+from backprop_gpu.backend import to_host
+
+
+def trained(**settings):
+    net = bp.Network([4, 5, 3], seed=3, **{"backend": "numpy", **settings})
+    rng = np.random.default_rng(0)
+    bp.train(net, rng.normal(size=(30, 4)), rng.integers(0, 3, 30), epochs=1)
+    return net
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("output", ["softmax", "sigmoid", "identity", "tanh"])
+def test_what_is_saved_comes_back(backend, tmp_path, precision, bias, output):
+    net = trained(
+        precision=precision, bias=bias, output=output, hidden="gelu", init="glorot_uniform", backend=backend.name
+    )
+    path = tmp_path / "model.safetensors"
+    bp.save(net, path)
+    back = bp.load(path, backend=backend.name)
+    np.testing.assert_array_equal(to_host(back.theta), to_host(net.theta))
+    for name in ("layers", "hidden", "output", "init", "bias", "precision", "seed", "cost", "task"):
+        assert getattr(back, name) == getattr(net, name), name
+    X = np.random.default_rng(1).normal(size=(7, 4))
+    np.testing.assert_array_equal(back.predict(X), net.predict(X))
+    assert back.task == "labels"
+
+
+def test_any_safetensors_tool_reads_it(tmp_path):
+    net = trained()
+    bp.save(net, tmp_path / "m")
+    tensors = load_tensors((tmp_path / "m").read_bytes())
+    assert sorted(tensors) == ["layer.1.bias", "layer.1.weight", "layer.2.bias", "layer.2.weight"]
+    np.testing.assert_array_equal(tensors["layer.1.weight"], net.W[1])
+
+
+def test_train_saves(tmp_path):
+    net = bp.Network([4, 3], backend="numpy")
+    bp.train(net, np.eye(4), [0, 1, 2, 0], epochs=1, save=tmp_path / "m")
+    np.testing.assert_array_equal(bp.load(tmp_path / "m", "numpy").theta, net.theta)
+
+
+def test_symlinks_are_followed_and_the_mode_follows_the_umask(tmp_path):
+    net = trained()
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "m").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "m")
+    old = os.umask(0o027)
+    try:
+        bp.save(net, tmp_path / "link")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "link").is_symlink()
+    assert stat.S_IMODE((tmp_path / "real" / "m").stat().st_mode) == 0o640
+    assert bp.load(tmp_path / "real" / "m", "numpy").layers == [4, 5, 3]
+    assert sorted(p.name for p in (tmp_path / "real").iterdir()) == ["m"]
+
+
+@pytest.mark.parametrize("target", [".", "no/such/m", "pipe"])
+def test_targets_refused(tmp_path, target):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(bp.CheckpointError):
+        bp.save(trained(), tmp_path / target)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pipe"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, call):
+    net, path = trained(), tmp_path / "m"
+    bp.save(net, path)
+    before = path.read_bytes()
+    net.theta[...] = 0
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(bp.CheckpointError, match="No space left") as e:
+            bp.save(net, path)
+    assert e.value.errno == 28
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def forge(tmp_path, tensors=None, drop=(), **changes):
+    """A model file with parts of its metadata or tensors exchanged."""
+    net = trained()
+    bp.save(net, tmp_path / "m")
+    content = (tmp_path / "m").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+    config = json.loads(metadata["config"])
+    config.update(changes.pop("config", {}))
+    metadata["config"] = json.dumps(config)
+    metadata.update(changes)
+    kept = load_tensors(content)
+    kept.update(tensors or {})
+    (tmp_path / "m").write_bytes(save_tensors({k: v for k, v in kept.items() if k not in drop}, metadata))
+    return tmp_path / "m"
+
+
+NAN = np.full((5, 4), np.nan, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format": "other"}, "but of 'other'"),
+        ({"format_version": "2"}, "has format version 2"),
+        ({"config": {"layers": [4, 6, 3]}}, "does not hold the tensors"),
+        ({"config": {"layers": [10**6, 10**6]}}, "do not fit into"),
+        ({"config": {"layers": "many"}}, "impossible settings"),
+        ({"config": {"layers": [4]}}, "impossible settings"),
+        ({"config": {"hidden": "evil"}}, "impossible settings"),
+        ({"config": {"precision": "float64"}}, "does not hold the tensors"),
+        ({"config": {"bias": False}}, "does not hold the tensors"),
+        ({"config": {"task": "world peace"}}, "is not a model"),
+        ({"config": {"cost": "hinge"}}, "is not a model"),
+        ({"config": {"output": "identity"}}, "is not a model"),  # does not go with the cost
+        ({"drop": ["layer.2.bias"]}, "does not hold the tensors"),
+        ({"tensors": {"layer.3.bias": np.zeros(3, np.float32)}}, "does not hold the tensors"),
+        ({"tensors": {"layer.1.weight": np.zeros((4, 5), np.float32)}}, "does not hold the tensors"),
+        ({"tensors": {"layer.1.weight": np.zeros((5, 4), np.int32)}}, "does not hold the tensors"),
+        ({"tensors": {"layer.1.weight": NAN}}, "NaN or infinity in layer.1.weight"),
+    ],
+)
+def test_forged_files_are_refused(tmp_path, changes, words):
+    path = forge(tmp_path, **changes)
+    with pytest.raises(bp.CheckpointError) as e:
+        bp.load(path, "numpy")
+    assert words in e.value.cause
+    assert len(str(e.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x04}.",
+        b"PK\x03\x04" + bytes(100),
+        (2**62).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"[]",
+        (6).to_bytes(8, "little") + b"\xff\xfe\xff\xfe\xff\xfe",
+        (100_000).to_bytes(8, "little") + b"[" * 100_000,
+        save_tensors({"a": np.zeros(3)}),
+        save_tensors({"a": np.zeros(3)}, {"format": "pt"}),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content):
+    (tmp_path / "m").write_bytes(content)
+    with pytest.raises(bp.CheckpointError):
+        bp.load(tmp_path / "m", "numpy")
+
+
+def test_missing_files_and_directories(tmp_path):
+    with pytest.raises(bp.CheckpointError, match="No such file") as e:
+        bp.load(tmp_path / "m")
+    assert isinstance(e.value, OSError)
+    assert e.value.errno == 2
+    with pytest.raises(bp.CheckpointError):
+        bp.load(tmp_path)
+
+
+def test_truncated_and_extended_files_are_refused(tmp_path):
+    bp.save(trained(), tmp_path / "m")
+    content = (tmp_path / "m").read_bytes()
+    for damaged in (*(content[:n] for n in range(0, len(content), 13)), content + b"\0"):
+        (tmp_path / "x").write_bytes(damaged)
+        with pytest.raises(bp.CheckpointError):
+            bp.load(tmp_path / "x", "numpy")

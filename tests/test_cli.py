@@ -1,0 +1,312 @@
+"""The command line, as a user meets it: in processes of its own."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from test_datasets import idx, write_idx_directory
+
+import backprop_gpu as bp
+
+COMMAND = [sys.executable, "-m", "backprop_gpu"]
+
+
+def run(*args, code=0, cwd=None, env=None, command=COMMAND):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("BACKPROP_GPU_")}
+    done = subprocess.run(
+        [*command, *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**environment, **(env or {})},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def last_json(done):
+    return json.loads(done.stdout.splitlines()[-1], parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
+
+
+def refused(*args, code, cause, **kwargs):
+    """One line of cause, one of cure, nothing on stdout."""
+    done = run(*args, code=code, **kwargs)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2, done.stderr
+    assert lines[0].startswith("backprop-gpu: error: ")
+    assert lines[1].startswith("backprop-gpu: try: ")
+    assert cause in lines[0]
+    assert done.stdout == ""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small set of IDX files: 2 x 2 images of three classes."""
+    (tmp_path / "data").mkdir()
+    return write_idx_directory(tmp_path / "data")
+
+
+def test_train_evaluate_predict_on_mnist(tmp_path):
+    model = tmp_path / "model.safetensors"
+    done = run("train", "--layers", "784-32-10", "--epochs", 1, "--save", model, "--json")
+    result = last_json(done)
+    assert result["backend"] == "numpy"
+    assert result["layers"] == [784, 32, 10]
+    assert result["parameters"] == 784 * 32 + 32 + 320 + 10
+    assert (result["epochs"], result["steps"], result["seed"]) == (1, 469, 0)
+    assert result["precision"] == "float32"
+    assert result["test_accuracy"] > 0.9
+    assert result["samples_per_second"] == pytest.approx(60_000 / result["train_seconds"])
+    assert set(result) >= {"device", "train_cost", "test_cost"}
+    assert "Traceback" not in done.stderr
+
+    evaluated = last_json(run("evaluate", model, "--data", "mnist", "--json"))
+    assert evaluated == {
+        "test_cost": result["test_cost"],
+        "test_accuracy": result["test_accuracy"],
+        "samples": 10_000,
+    }
+    images = bp.datasets.MNIST / "t10k-images-idx3-ubyte.gz"
+    predicted = last_json(run("predict", model, images, "--proba", "--json"))
+    labels = bp.datasets.load("mnist")[1].labels
+    assert np.mean(np.array(predicted["predictions"]) == labels) == pytest.approx(result["test_accuracy"])
+    np.testing.assert_allclose(np.sum(predicted["probabilities"], axis=1), 1, rtol=1e-5)
+
+    lines = run("predict", model, images).stdout.splitlines()
+    assert [int(line) for line in lines] == predicted["predictions"]
+
+
+def test_the_same_seed_gives_the_same_file(tmp_path, folder):
+    contents = []
+    for name in ("a", "b"):
+        run("train", "--data", folder, "--epochs", 3, "--seed", 7, "--batch-size", 4, "--save", tmp_path / name)
+        contents.append((tmp_path / name).read_bytes())
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("layers", ["4,8,3", "4-8-3", "4/8/3", " 4, 8, 3 "])
+def test_layers_are_written_in_any_of_three_ways(folder, layers):
+    assert last_json(run("train", "--data", folder, "--layers", layers, "--epochs", 1, "--json"))["layers"] == [4, 8, 3]
+
+
+def test_every_setting_reaches_the_network(tmp_path, folder):
+    model = tmp_path / "m"
+    args = "--activation gelu --output sigmoid --cost squared_error --init lecun_uniform --no-bias --optimizer nesterov"
+    more = "--lr 0.01 --schedule constant --epochs 2 --batch-size 2 --seed 5 --precision float64 --backend numpy"
+    result = last_json(run("train", "--data", folder, *args.split(), *more.split(), "--save", model, "--json"))
+    assert (result["steps"], result["precision"], result["seed"]) == (6, "float64", 5)
+    net = bp.load(model, "numpy")
+    wanted = bp.Network([4, 512, 3], "gelu", "sigmoid", "lecun_uniform", False, "float64", 5, "numpy")
+    train, _ = bp.datasets.load(folder)
+    history = bp.train(
+        wanted,
+        *train,
+        cost="squared_error",
+        optimizer=bp.SGD(0.01, momentum=0.9, nesterov=True),
+        epochs=2,
+        batch_size=2,
+        seed=5,
+    )
+    np.testing.assert_array_equal(net.theta, wanted.theta)
+    assert result["train_cost"] == history.train_cost[-1]
+
+
+def test_npz_regression(tmp_path):
+    x = np.linspace(-1, 1, 50)[:, None]
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=x[:, 0] ** 2)
+    result = last_json(run("train", "--data", tmp_path / "d.npz", "--epochs", 2, "--save", tmp_path / "m", "--json"))
+    assert result["layers"] == [1, 512, 1]
+    assert result["train_accuracy"] is result["test_cost"] is result["test_accuracy"] is None
+    np.save(tmp_path / "x.npy", x[:3])
+    predicted = last_json(run("predict", tmp_path / "m", tmp_path / "x.npy", "--json"))["predictions"]
+    np.testing.assert_allclose(predicted, bp.load(tmp_path / "m", "numpy").predict(x[:3]))
+    refused("predict", tmp_path / "m", tmp_path / "x.npy", "--proba", code=2, cause="are not probabilities")
+    refused("evaluate", tmp_path / "m", "--data", tmp_path / "d.npz", code=2, cause="has no test data")
+
+
+def test_doctor():
+    found = last_json(run("doctor", "--json"))
+    assert found["backend"] == "numpy"
+    assert found["reason"]
+    assert found["versions"]["numpy"] == np.__version__
+    assert found["blas"]["name"]
+    assert re.search(r"^backend +numpy: ", run("doctor").stdout)
+    told = last_json(run("doctor", "--json", env={"BACKPROP_GPU_BACKEND": "numpy"}))
+    assert told["reason"] == "NumPy was asked for"
+    assert told["environment"]["BACKPROP_GPU_BACKEND"] == "numpy"
+
+
+def test_help_and_version():
+    help_text = run("--help").stdout
+    for command in ("train", "evaluate", "predict", "doctor"):
+        assert command in help_text
+    assert "leaky_relu" in run("train", "--help").stdout
+    assert run("--version").stdout.split() == ["backprop-gpu,", "version", bp.__version__]
+
+
+@pytest.mark.parametrize(
+    ("args", "cause"),
+    [
+        (["trian"], "No such command"),
+        (["train", "--lerning-rate", "1"], "No such option"),
+        (["train", "--activation", "rleu"], "unknown activation 'rleu'"),
+        (["train", "--optimizer", "adma"], "unknown optimizer 'adma'"),
+        (["train", "--layers", "784,x,10"], "'784,x,10' is not a list of widths"),
+        (["train", "--layers", "784,,10"], "is not a list of widths"),
+        (["train", "--layers", "784"], "layers is [784]"),
+        (["train", "--layers", "784,0,10"], "layers is [784, 0, 10]"),
+        (["train", "--layers", "784,99999999999999,10"], "more than"),
+        (["train", "--lr", "fast"], "'fast' is not a valid float"),
+        (["train", "--lr", "nan"], "lr is nan"),
+        (["train", "--lr", "0"], "lr is 0.0"),
+        (["train", "--epochs", "0"], "epochs is 0"),
+        (["train", "--epochs", "1.5"], "'1.5' is not a valid integer"),
+        (["train", "--batch-size", "-1"], "batch_size is -1"),
+        (["train", "--seed", "-1"], "seed is -1"),
+        (
+            ["train", "--output", "tanh", "--cost", "cross_entropy"],
+            "cost 'cross_entropy' does not go with output 'tanh'",
+        ),
+        (["train", "--precision", "float16"], "unknown precision 'float16'"),
+        (["evaluate"], "Missing argument 'MODEL'"),
+        (["predict", "model"], "Missing argument 'FILE'"),
+    ],
+)
+def test_bad_flags_exit_2(folder, args, cause):
+    data = ["--data", folder] if args[0] == "train" else []
+    refused(*args, *data, code=2, cause=cause)
+
+
+@pytest.mark.parametrize(
+    ("args", "cause"),
+    [
+        (["train", "--data", "nowhere"], "there is no dataset 'nowhere'"),
+        (["train", "--layers", "5,3"], "X has 4 features, the network takes 5"),
+        (["train", "--layers", "4,2"], "labels must be in 0..1, found 2 at row 2"),
+        (["train", "--lr", "1e30", "--optimizer", "sgd", "--output", "identity"], "training diverged in epoch"),
+        (["train", "--save", "no/such/place"], "there is no directory"),
+        (["train", "--backend", "cupy"], "CuPy is not installed"),
+        (["evaluate", "nothing"], "nothing cannot be read"),
+        (["predict", "nothing", "x.npy"], "nothing cannot be read"),
+    ],
+)
+def test_bad_data_files_and_runs_exit_1(folder, tmp_path, args, cause):
+    data = ["--data", folder] if args[0] == "train" and "--data" not in args else []
+    if "cupy" in args:
+        try:
+            bp.Network([1, 1], backend="cupy")
+            pytest.skip("this machine has a GPU")
+        except bp.BackendError as e:
+            cause = e.cause
+    refused(*args, *data, code=1, cause=cause, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "cause"),
+    [
+        ({"x_train": np.full((4, 2), np.nan), "y_train": np.zeros(4, int)}, "X holds nan at row 0, column 0"),
+        ({"x_train": np.ones((4, 2)), "y_train": np.zeros(3, int)}, "x_train has shape (4, 2), y_train (3,)"),
+        ({"x_train": np.ones((0, 2)), "y_train": np.zeros(0, int)}, "x_train has no samples"),
+        ({"x_train": np.ones((4, 2), object), "y_train": np.zeros(4, int)}, "pickled objects are never read"),
+        ({"x_train": np.ones((4, 2)), "y_train": np.array([0, 1, -1, 0])}, "labels must be in 0..1, found -1 at row 2"),
+    ],
+)
+def test_bad_arrays_exit_1_and_save_nothing(tmp_path, arrays, cause):
+    np.savez(tmp_path / "d.npz", **arrays)
+    refused("train", "--data", "d.npz", "--save", "m", code=1, cause=cause, cwd=tmp_path)
+    assert not (tmp_path / "m").exists()
+
+
+def test_predict_refuses_what_does_not_fit(tmp_path, folder):
+    run("train", "--data", folder, "--epochs", 1, "--save", tmp_path / "m")
+    np.save(tmp_path / "x.npy", np.ones((3, 5)))
+    refused("predict", tmp_path / "m", tmp_path / "x.npy", code=1, cause="X has 5 features, the network takes 4")
+    (tmp_path / "l").write_bytes(idx(np.zeros(4, np.uint8)))
+    refused("predict", tmp_path / "m", tmp_path / "l", code=1, cause="has 1 dimensions (labels), not 3 (images)")
+    refused("evaluate", tmp_path / "m", code=1, cause="X has 784 features, the network takes 4")
+
+
+def start(*args, **kwargs):
+    return subprocess.Popen(
+        [*COMMAND, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_signals_save_the_last_whole_step(tmp_path, number, code, word):
+    # Wide enough that it would take minutes; the signal comes once training is well under way.
+    with start("train", "--layers", "784,64,10", "--epochs", 1000, "--save", tmp_path / "m") as process:
+        time.sleep(4)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert out == ""
+    found = re.fullmatch(rf"backprop-gpu: {word} after step (\d+); the network of that step is saved to .*\n", err)
+    assert found, err
+    assert int(found[1]) > 0
+    assert bp.evaluate(bp.load(tmp_path / "m", "numpy"), *bp.datasets.load("mnist")[1]).accuracy > 0.5
+
+
+def test_a_closed_pipe_is_quiet(tmp_path, folder):
+    run("train", "--data", folder, "--epochs", 1, "--save", tmp_path / "m")
+    np.save(tmp_path / "x.npy", np.ones((100_000, 4)))
+    with start("predict", tmp_path / "m", tmp_path / "x.npy") as process:
+        process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read()
+    assert err == ""
+
+
+def test_a_progress_bar_on_a_terminal_alone(folder):
+    """stderr is a terminal here; it shows the epochs, and stdout has nothing of it."""
+    ours, theirs = pty.openpty()
+    with start_on_terminal(theirs, "train", "--data", folder, "--epochs", 3) as process:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                piece = os.read(ours, 4096)
+            except OSError:
+                break
+            if not piece:
+                break
+            shown += piece
+        out = process.stdout.read()
+    os.close(ours)
+    assert process.wait() == 0
+    assert b"epoch 3/3" in shown
+    assert b"epoch 3/3" not in out
+    assert b"test cost" in out
+    assert run("train", "--data", folder, "--epochs", 1).stderr == ""
+
+
+def start_on_terminal(terminal, *args):
+    return subprocess.Popen([*COMMAND, *map(str, args)], stdout=subprocess.PIPE, stderr=terminal)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_narrow_terminals(folder, encoding):
+    env = {"PYTHONIOENCODING": encoding, "NO_COLOR": "1"}
+    for args in (["train", "--data", folder, "--epochs", 1], ["doctor"], ["train", "--help"]):
+        assert run(*args, env=env).stdout
+
+
+def test_non_ascii_paths(tmp_path):
+    place = tmp_path / "Zahlen äöü 数字"
+    place.mkdir()
+    write_idx_directory(place)
+    run("train", "--data", place, "--epochs", 1, "--save", place / "modèle")
+    assert run("evaluate", place / "modèle", "--data", place, env={"PYTHONIOENCODING": "ascii"}).stdout
+    refused("train", "--data", "数字", code=1, cause="there is no dataset", env={"PYTHONIOENCODING": "ascii"})
