@@ -73,6 +73,18 @@ def is_cupy(a: object) -> bool:
     return type(a).__module__.partition(".")[0] == "cupy"
 
 
+def array_module(a: object) -> Any:
+    """The array module that `a` belongs to: cupy, which is imported then, or numpy."""
+    return importlib.import_module("cupy") if is_cupy(a) else np
+
+
+def as_kind_of(X: object, a: Array) -> Array:
+    """`a` as the kind of array that X is, NumPy or CuPy; no copy where it is that already."""
+    if is_cupy(X):
+        return array_module(X).asarray(a)
+    return to_host(a)
+
+
 def to_host(a: Array) -> np.ndarray:
     """`a` as a NumPy array."""
     return a.get() if is_cupy(a) else np.asarray(a)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .activations import Array
-from .backend import is_cupy
+from .backend import array_module, is_cupy
 from .errors import DataError
 
 _CHUNK = 1 << 20  # elements looked at a time, so that a check never needs much memory
@@ -125,7 +125,7 @@ def _as_numbers(what: str, a: Array, dtype: np.dtype, check_finite: bool, keep_u
     else:
         converted = a
     if check_finite and a.dtype.kind == "f":
-        xp = _module_of(a)
+        xp = array_module(a)
         step = max(1, _CHUNK // max(1, a.shape[1]))
         for i in range(0, len(a), step):
             finite = xp.isfinite(converted[i : i + step])
@@ -147,11 +147,3 @@ def _as_numbers(what: str, a: Array, dtype: np.dtype, check_finite: bool, keep_u
 def _refuse_rows(bad: Array, cause: str, cure: str) -> None:
     if bool(bad.any()):
         raise DataError(cause.format(int(bad.argmax())), cure)
-
-
-def _module_of(a: Array) -> Any:
-    if is_cupy(a):
-        import sys
-
-        return sys.modules["cupy"]
-    return np

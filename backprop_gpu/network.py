@@ -299,7 +299,10 @@ class Network:
                 be.ops.output(self.g, batch.Z[-1], batch.A[-1])
                 Delta = [None] + [D * m for D in batch.Delta[1:]]
                 page.update(Z=batch.Z, A=batch.A, Delta=Delta)
-        return {"cost": value, **{k: [None if a is None else _like(X, a) for a in v] for k, v in page.items()}}
+        return {
+            "cost": value,
+            **{k: [None if a is None else backends.as_kind_of(X, a) for a in v] for k, v in page.items()},
+        }
 
     def _scores(self, X: Any, output: bool) -> Array:
         """A[L] or, without the output function, Z[L], in chunks that bound the memory."""
@@ -312,7 +315,7 @@ class Network:
                     be.ops.output(self.g, batch.Z[-1], result[rows])
                 else:
                     result[rows] = batch.Z[-1]
-        return _like(X, result)
+        return backends.as_kind_of(X, result)
 
 
 def forward_chunks(net: Network, data: Array) -> Iterator[tuple[slice, Batch]]:
@@ -361,16 +364,3 @@ def _widths(layers: Any) -> list[int]:
 
 def _softmax_inside() -> Activation:
     raise ConfigError("softmax acts on whole rows and is no hidden activation", f"use one of {', '.join(HIDDEN)}")
-
-
-def _like(X: Any, a: Array) -> Array:
-    """`a` as the kind of array that X is."""
-    if backends.is_cupy(X) == backends.is_cupy(a):
-        return a
-    return _from_numpy(a) if backends.is_cupy(X) else a.get()
-
-
-def _from_numpy(a: Array) -> Array:
-    import sys
-
-    return sys.modules["cupy"].asarray(a)
