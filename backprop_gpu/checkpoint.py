@@ -1,118 +1,161 @@
 """Model files: one safetensors file with the parameters, its metadata with all that rebuilds the network.
 
 Tensors `layer.1.weight` (N_1, N_0), `layer.1.bias` (N_1,), ... in the network's dtype, readable by any safetensors
-tool; metadata `format`, `format_version` and `config` (JSON). Files are written beside their target and moved into
-place, so that a reader finds the old file or the new one, whole.
+tool; metadata `format`, `format_version`, `config` and `sha256` of each tensor (JSON). Files are written beside their
+target and moved into place, so that a reader finds the old file or the new one, whole.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from .backend import choose, to_host
 from .costs import choose_cost
-from .errors import BackpropGPUError, CheckpointError
-from .network import Network
+from .errors import CheckpointError, lookup
+from .initializers import INITIALIZERS
+from .network import Network, natural_task
 
 FORMAT, VERSION = "backprop_gpu", "1"
 MAX_HEADER = 1 << 20
 _SETTINGS = ("layers", "hidden", "output", "init", "bias", "precision", "seed")
-_TASKS = ("labels", "binary", "multilabel", "regression")
+_METADATA = {"format", "format_version", "config", "sha256"}
 _DTYPES = {"float32": "F32", "float64": "F64"}
 
 
 def save_network(net: Network, path: str | os.PathLike[str]) -> None:
     """Write `net` to `path`, atomically: theta, settings, cost and task. Public as `bp.save`.
 
-    A symbolic link is followed to its target; a directory or a device is refused. Raises CheckpointError.
+    A symbolic link is followed to its target. Refused are directories, devices, files that are no models of this
+    library, and parameters that are not finite. Raises CheckpointError.
     """
     from safetensors.numpy import save
 
-    from .backend import to_host
-
+    target = check_target(path)
     tensors = {name: np.ascontiguousarray(to_host(p)) for name, p in _tensors(net).items()}
+    for name, p in tensors.items():
+        if not np.isfinite(p).all():
+            raise CheckpointError(f"{path} is not written: {name} holds NaN or infinity", "train again, at a lower lr")
     config = {**{name: getattr(net, name) for name in _SETTINGS}, "cost": net.cost, "task": net.task}
-    metadata = {"format": FORMAT, "format_version": VERSION, "config": json.dumps(config)}
-    write_atomically(check_target(path), _in_order(save(tensors, metadata)))
+    metadata = {
+        "format": FORMAT,
+        "format_version": VERSION,
+        "config": json.dumps(config),
+        "sha256": json.dumps({name: _sha256(p) for name, p in tensors.items()}),
+    }
+    write_atomically(target, _in_order(save(tensors, metadata)))
 
 
 def load_network(path: str | os.PathLike[str], backend: str = "auto") -> Network:
     """The network in a model file. Public as `bp.load`.
 
-    Raises CheckpointError for a file that is missing, damaged, not a model of this library, or of a later format
-    version.
+    Raises CheckpointError for a file that is missing, damaged, no model of this library, or of a later format version;
+    ConfigError and BackendError as `backend.choose`.
     """
+    choose(backend)  # what is wrong with the backend is not the file's fault
     path = Path(path)
     try:
-        return _load(path, backend)
-    except OSError as e:
-        if isinstance(e, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{path} cannot be read: {e.strerror or e}", "check the path and its permissions", e.errno
-        ) from None
+        if not stat.S_ISREG(path.stat().st_mode):  # before it is opened: opening a pipe would wait for ever
+            raise _bad(path, "is not a regular file")
+        with path.open("rb") as file:
+            return _load(path, file, backend)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as e:  # ValueError: a null byte in the name
+        reason, errno = getattr(e, "strerror", None) or e, getattr(e, "errno", None)
+        raise CheckpointError(f"{path} cannot be read: {reason}", "check the path and its permissions", errno) from None
 
 
-def _load(path: Path, backend: str) -> Network:
+def _load(path: Path, file: BinaryIO, backend: str) -> Network:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    with path.open("rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise _bad(path, "is not a regular file")
-        size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > min(MAX_HEADER, size - 8):
-            raise _bad(path, "is not a safetensors file, or is truncated")
-        header_bytes = file.read(length)
-        try:
-            header = json.loads(header_bytes)
-            metadata = header.pop("__metadata__")
-            if metadata["format"] != FORMAT:
-                raise _bad(path, f"is a safetensors file, but of {metadata['format']!r}, not of {FORMAT}")
-            if metadata["format_version"] != VERSION:
-                raise CheckpointError(
-                    f"{path} has format version {metadata['format_version']}, this library reads {VERSION}",
-                    "install a newer backprop_gpu",
-                )
-            config = json.loads(metadata["config"])
-            settings = {name: config[name] for name in _SETTINGS}
-            if config["task"] not in _TASKS:
-                raise ValueError(f"task {config['task']!r}")
-            cost = choose_cost(config["cost"], settings["output"]).name
-            shapes = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise _bad(path, f"is not a model of {FORMAT}: {_first_line(e)}") from None
-        try:
-            _refuse_lying_size(settings["layers"], size)
-            net = Network(**{**settings, "init": "zeros", "backend": backend})
-        except (BackpropGPUError, TypeError, ValueError) as e:
-            if getattr(e, "cure", None) and type(e).__name__ == "BackendError":
-                raise
-            raise _bad(path, f"holds impossible settings: {_first_line(e)}") from None
-        tensors = _tensors(net)
-        wanted = {name: (_DTYPES[net.precision], p.shape) for name, p in tensors.items()}
-        if shapes != wanted:
-            odd = next(iter(sorted(shapes.items() ^ wanted.items())))[0]
-            raise _bad(path, f"does not hold the tensors that its settings call for: see {odd}")
-        try:
-            values = load(start + header_bytes + file.read())
-        except (SafetensorError, TypeError, ValueError) as e:
-            raise _bad(path, f"is damaged: {_first_line(e)}") from None
+    size = os.fstat(file.fileno()).st_size
+    head = _read_header(file, size)
+    if head is None:
+        raise _bad(path, "is not a safetensors file, or is truncated (and nothing else is read: no pickle, .pt, .h5)")
+    try:
+        header = json.loads(head[8:], object_pairs_hook=_no_duplicates)
+        metadata = header.pop("__metadata__")
+        if metadata["format"] != FORMAT:
+            raise _bad(path, f"is a safetensors file, but of {metadata['format']!r}, not of {FORMAT}")
+        if metadata["format_version"] != VERSION:
+            raise CheckpointError(
+                f"{path} has format version {metadata['format_version']!r}, this library reads {VERSION!r}",
+                "install a newer backprop_gpu",
+            )
+        config = json.loads(metadata["config"], object_pairs_hook=_no_duplicates)
+        digests = json.loads(metadata["sha256"], object_pairs_hook=_no_duplicates)
+        shapes = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        if set(config) != {*_SETTINGS, "cost", "task"} or set(metadata) != _METADATA or set(digests) != set(shapes):
+            raise ValueError("it has more or fewer entries than it should")
+        _refuse_lying_size(config["layers"], size)
+        net = _from_config(config, backend)
+    except CheckpointError:
+        raise
+    except KeyError as e:
+        raise _bad(path, f"is not a model of {FORMAT}: it has no {e.args[0]!r}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:  # ConfigError is a ValueError
+        raise _bad(path, f"is not a model of {FORMAT}: {_first_line(e)}") from None
+    tensors = _tensors(net)
+    wanted = {name: (_DTYPES[net.precision], p.shape) for name, p in tensors.items()}
+    if shapes != wanted:
+        odd = min(name for name, _ in shapes.items() ^ wanted.items())
+        raise _bad(path, f"does not hold the tensors that its settings call for: see {odd!r}")
+    try:
+        values = load(head + file.read())
+    except (SafetensorError, TypeError, ValueError) as e:
+        raise _bad(path, f"is damaged: {_first_line(e)}") from None
     for name, p in tensors.items():
+        if _sha256(values[name]) != digests[name]:
+            raise _bad(path, f"is damaged: {name} is not what was saved")
         if not np.isfinite(values[name]).all():
             raise _bad(path, f"holds NaN or infinity in {name}")
         p[...] = net.backend.asarray(values[name])
-    net.init, net.cost, net.task = settings["init"], cost, config["task"]
     return net
+
+
+def _read_header(file: BinaryIO, size: int) -> bytes | None:
+    """The length and the header of a safetensors file, or None where it is none."""
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+        return None
+    header = file.read(length)
+    return start + header if len(header) == length and header[:1] == b"{" else None
+
+
+def _from_config(config: dict[str, Any], backend: str) -> Network:
+    """The network that a file's settings describe, theta still zero; ConfigError, TypeError, ValueError where none."""
+    settings = {name: config[name] for name in _SETTINGS}
+    if type(settings["bias"]) is not bool:
+        raise ValueError(f"bias {settings['bias']!r}")
+    lookup("initialiser", settings["init"], INITIALIZERS)
+    net = Network(**{**settings, "init": "zeros", "backend": backend})
+    net.init = settings["init"]
+    net.cost = choose_cost(config["cost"], net.output).name
+    if config["task"] not in {natural_task(net.g, net.layers[-1]), "labels"}:
+        raise ValueError(f"task {config['task']!r} with output {net.output!r}")
+    net.task = config["task"]
+    return net
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("an entry stands there twice")
+    return dict(pairs)
+
+
+def _sha256(p: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(p).data).hexdigest()
 
 
 def _in_order(content: bytes) -> bytes:
@@ -139,15 +182,36 @@ def _tensors(net: Network) -> dict[str, Any]:
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:
-    """Where a file named `path` would really be written; CheckpointError where it could not be."""
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise CheckpointError(f"{path} is not a regular file", "name a file to save to")
-    if not target.parent.is_dir():
-        raise CheckpointError(f"{path}: there is no directory {target.parent}", "make the directory first")
-    if not os.access(target.parent, os.W_OK):
-        raise CheckpointError(f"{path}: {target.parent} is not writable", "save to another directory")
+    """Where a file named `path` would really be written; CheckpointError where it could or should not be."""
+    try:
+        target = Path(os.path.realpath(path))
+        if target.is_symlink():
+            raise CheckpointError(f"{path} is a symbolic link that leads to itself", "name another file")
+        if not target.parent.is_dir():
+            raise CheckpointError(f"{path}: there is no directory {target.parent}", "make the directory first")
+        if not os.access(target.parent, os.W_OK):
+            raise CheckpointError(f"{path}: {target.parent} is not writable", "save to another directory")
+        if target.exists():
+            _refuse_foreign(path, target)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as e:
+        reason, errno = getattr(e, "strerror", None) or e, getattr(e, "errno", None)
+        raise CheckpointError(f"{path} cannot be written: {reason}", "name another file", errno) from None
     return target
+
+
+def _refuse_foreign(path: str | os.PathLike[str], target: Path) -> None:
+    """Only a model of this library, or an empty file, is written over."""
+    if not target.is_file():
+        raise CheckpointError(f"{path} is not a regular file", "name a file to save to")
+    size = target.stat().st_size
+    with target.open("rb") as file:
+        head = _read_header(file, size)
+    if size and (head is None or f'"format":"{FORMAT}"'.encode() not in head.replace(b" ", b"")):
+        raise CheckpointError(
+            f"{path} exists and is no model of {FORMAT}", "name another file, or remove that one first"
+        )
 
 
 def write_atomically(target: Path, content: bytes) -> None:
@@ -183,6 +247,4 @@ def _bad(path: Path, what: str) -> CheckpointError:
 
 
 def _first_line(e: Exception) -> str:
-    if isinstance(e, KeyError):
-        return f"it has no {e.args[0]!r}"
     return (str(e).splitlines() or [type(e).__name__])[0]

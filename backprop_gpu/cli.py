@@ -7,7 +7,9 @@ Data goes to stdout, everything else to stderr; `--json` prints one JSON object 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import math
 import os
 import re
 import signal
@@ -24,7 +26,7 @@ import numpy as np
 from . import __version__, backend, checkpoint, datasets, report, training
 from .activations import HIDDEN, OUTPUT
 from .costs import COSTS
-from .errors import BackpropGPUError, ConfigError, lookup
+from .errors import BackpropGPUError, ConfigError, DataError, lookup
 from .initializers import INITIALIZERS
 from .network import PRECISIONS, Network
 from .optimizers import OPTIMIZERS, choose_optimizer
@@ -32,6 +34,7 @@ from .schedules import SCHEDULES
 
 PROGRAM = "backprop-gpu"
 BACKENDS = ("auto", "numpy", "cupy")
+MOST_CLASSES = 65536  # where the data's labels set the number of outputs
 
 
 class Name(click.ParamType):
@@ -117,12 +120,10 @@ def train(
     if save is not None:
         checkpoint.check_target(save)
     train_set, test_set = datasets.load(data)
-    labels = train_set.labels
-    are_labels = labels.ndim == 1 and labels.dtype.kind in "iu"
+    outputs, are_labels = _outputs(data, train_set.labels)
     output = output or ("softmax" if are_labels else "identity")
-    outputs = int(labels.max()) + 1 if are_labels else int(np.prod(labels.shape[1:]))
     net = Network(
-        layers or [train_set.images.shape[1], 512, max(1, outputs)],
+        layers or [train_set.images.shape[1], 512, outputs],
         hidden=activation,
         output=output,
         init=init,
@@ -131,6 +132,8 @@ def train(
         seed=seed,
         backend=where,
     )
+    if test_set is not None:
+        training.check_data(net, *test_set, cost=cost)  # before the training, not after it
     with report.ProgressBar() as bar:
         try:
             history = training.train(
@@ -145,7 +148,10 @@ def train(
                 seed=seed,
             )
         except (KeyboardInterrupt, Terminated) as e:
-            _stopped(e, net, bar, save)
+            _stopped(e, net, bar.run, save)
+    if save is not None:
+        checkpoint.save_network(net, save)
+        report.tell(f"saved to {save}")
     seconds = sum(history.seconds)
     tested = training.evaluate(net, *test_set) if test_set else None
     result = {
@@ -157,7 +163,7 @@ def train(
         "epochs": len(history),
         "steps": history.steps[-1],
         "train_seconds": seconds,
-        "samples_per_second": len(history) * len(labels) / seconds,
+        "samples_per_second": len(history) * len(train_set.labels) / seconds,
         "train_cost": history.train_cost[-1],
         "train_accuracy": history.train_accuracy[-1],
         "test_cost": tested.cost if tested else None,
@@ -165,20 +171,31 @@ def train(
         "seed": seed,
     }
     _print(result, report.summary(result, net.backend.reason), as_json)
-    if save is not None:
-        checkpoint.save_network(net, save)
-        print(f"saved to {save}", file=sys.stderr)
 
 
-def _stopped(e: BaseException, net: Network, bar: report.ProgressBar, save: Path | None) -> NoReturn:
+def _outputs(data: str, labels: np.ndarray) -> tuple[int, bool]:
+    """How many outputs the targets of a dataset call for, and whether they are labels."""
+    if labels.ndim > 1 or labels.dtype.kind == "f":
+        return math.prod(labels.shape[1:]), False
+    top = int(labels.argmax())
+    if int(labels[top]) >= MOST_CLASSES:
+        raise DataError(
+            f"{data}: label {int(labels[top])} at row {top}", f"number the classes from 0 to {MOST_CLASSES - 1} at most"
+        )
+    return max(1, int(labels[top]) + 1), True
+
+
+def _stopped(e: BaseException, net: Network, run: training.Run | None, save: Path | None) -> NoReturn:
     """Training was interrupted or terminated: keep what there is, say so, and leave."""
-    step = bar.run.step if bar.run else 0
+    step = run.step if run else 0
     word = "terminated" if isinstance(e, Terminated) else "interrupted"
-    if save is not None and step:
+    if run and not run.whole:
+        report.tell(f"{PROGRAM}: {word} in the middle of step {step + 1}; nothing saved")
+    elif save is not None and step:
         checkpoint.save_network(net, save)
-        print(f"{PROGRAM}: {word} after step {step}; the network of that step is saved to {save}", file=sys.stderr)
+        report.tell(f"{PROGRAM}: {word} after step {step}; the network of that step is saved to {save}")
     else:
-        print(f"{PROGRAM}: {word} after step {step}; nothing saved", file=sys.stderr)
+        report.tell(f"{PROGRAM}: {word} after step {step}; nothing saved")
     raise SystemExit(_EXIT_OF[word])
 
 
@@ -192,7 +209,7 @@ def evaluate(model: Path, data: str, where: str, as_json: bool) -> None:
     net = checkpoint.load_network(model, where)
     _, test_set = datasets.load(data)
     if test_set is None:
-        raise ConfigError(f"{data} has no test data", "save x_test and y_test in it")
+        raise DataError(f"{data} has no test data", "save x_test and y_test in it")
     tested = training.evaluate(net, *test_set)
     result = {"test_cost": tested.cost, "test_accuracy": tested.accuracy, "samples": len(test_set.labels)}
     accuracy = "" if tested.accuracy is None else f", accuracy {100 * tested.accuracy:.2f} %"
@@ -233,6 +250,8 @@ def _row(cell: Any) -> list[Any]:
 
 
 def _print(result: dict[str, Any], text: str, as_json: bool) -> None:
+    if sys.stdout is None:
+        return
     print(json.dumps(report.plain(result), allow_nan=False) if as_json else text)
     sys.stdout.flush()
 
@@ -251,43 +270,61 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line on `args` (None: the program's own) and exit."""
     warnings.showwarning = report.warn  # type: ignore[assignment]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a narrow terminal shows what it can
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, _terminate)
     try:
-        cli.main(args=args, prog_name=PROGRAM, standalone_mode=False)
-        sys.stdout.flush()
-        code = 0
-    except SystemExit as e:
-        code = int(e.code or 0)
-    except click.exceptions.Exit as e:
-        code = e.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        code = _tell("interrupted", "", _EXIT_OF["interrupted"])
-    except Terminated:
-        code = _tell("terminated", "", _EXIT_OF["terminated"])
-    except click.UsageError as e:
-        command = e.ctx.command_path if e.ctx else PROGRAM
-        code = _tell(" ".join(e.format_message().split()), f"see {command} --help", 2)
-    except click.ClickException as e:
-        code = _tell(e.format_message(), f"see {PROGRAM} --help", 1)
-    except ConfigError as e:
-        code = _tell(e.cause, e.cure, 2)
-    except BackpropGPUError as e:
-        code = _tell(e.cause, e.cure, 1)
-    except BrokenPipeError:  # the reader has seen enough
+        code = _run(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as e:  # of stdout: what goes wrong with files is a BackpropGPUError
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 1
-    except MemoryError as e:
-        code = _tell(f"out of memory: {e}" if str(e) else "out of memory", "take smaller layers or batches", 1)
-    except Exception as e:
-        if sys.flags.dev_mode:
-            raise
-        words = " ".join(str(e).split())
-        code = _tell(f"unexpected {type(e).__name__}: {words}", "report this bug with what python -X dev shows", 1)
+        code = 1 if isinstance(e, BrokenPipeError) else _fail(f"stdout: {e.strerror or e}", "free some space", 1)
     sys.exit(code)
 
 
-def _tell(cause: str, cure: str, code: int) -> int:
-    with contextlib.suppress(OSError, AttributeError):  # stderr may be closed
-        print(f"{PROGRAM}: error: {cause}" + (f"\n{PROGRAM}: try: {cure}" if cure else ""), file=sys.stderr)
+def _run(args: Sequence[str] | None) -> int:
+    """The exit code of a command; every error but those of stdout has been told."""
+    try:
+        cli.main(args=args, prog_name=PROGRAM, standalone_mode=False)
+    except SystemExit as e:
+        return int(e.code or 0)
+    except click.exceptions.Exit as e:
+        return e.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", "", _EXIT_OF["interrupted"])
+    except Terminated:
+        return _fail("terminated", "", _EXIT_OF["terminated"])
+    except click.UsageError as e:
+        command = e.ctx.command_path if e.ctx else PROGRAM
+        cause = "no command was given" if isinstance(e, click.exceptions.NoArgsIsHelpError) else e.format_message()
+        return _fail(cause, f"see {command} --help", 2)
+    except ConfigError as e:
+        return _fail(e.cause, e.cure, 2)
+    except BackpropGPUError as e:
+        return _fail(e.cause, e.cure, 1)
+    except MemoryError as e:
+        return _fail(f"out of memory: {e}" if str(e) else "out of memory", "take smaller layers or batches", 1)
+    except Warning as e:  # python -W error
+        return _fail(f"{type(e).__name__}: {e}", "heed it, or drop -W error and PYTHONWARNINGS", 1)
+    except OSError:
+        raise
+    except Exception as e:
+        if sys.flags.dev_mode:
+            raise
+        return _fail(f"unexpected {type(e).__name__}: {e}", "report this bug with what python -X dev shows", 1)
+    return 0
+
+
+def _fail(cause: str, cure: str, code: int) -> int:
+    report.tell(f"{PROGRAM}: error: {_one_line(cause)}")
+    if cure:
+        report.tell(f"{PROGRAM}: try: {_one_line(cure)}")
     return code
+
+
+def _one_line(text: str) -> str:
+    """`text` without what would break the line or drive the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split(" ")))

@@ -96,11 +96,12 @@ def update(
     """
     norm2 = cp.dot(gradient, gradient)
     finite = cp.isfinite(measured[0]) & cp.isfinite(norm2)
-    diverged[0] = cp.where((diverged[0] == 0) & ~finite, t, diverged[0])
-    live = diverged[0] == 0
     old = theta, *slots
     new = tuple(v.copy() for v in old)
     rule.apply(cp, new[0], gradient, new[1:], rule.coefficients(lr, t), _like(theta, 2))
+    finite = finite & cp.isfinite(new[0]).all()
+    diverged[0] = cp.where((diverged[0] == 0) & ~finite, t, diverged[0])
+    live = diverged[0] == 0
     for kept, v in zip(old, new, strict=True):
         kept[...] = cp.where(live, v, kept)
     return True

@@ -43,6 +43,9 @@ class CheckpointError(BackpropGPUError, OSError):
         super().__init__(cause, cure)
         self.errno = errno
 
+    def __reduce__(self) -> tuple[type[CheckpointError], tuple[str, str, int | None]]:
+        return type(self), (self.cause, self.cure, self.errno)
+
 
 class DivergenceError(BackpropGPUError, ArithmeticError):
     """Training left the finite numbers. The network holds the parameters from before that step.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from .activations import Array
 from .costs import Cost
 from .network import Batch, Network, Views, backward, forward
@@ -19,6 +21,7 @@ class Eager:
     def __init__(
         self, net: Network, cost: Cost, task: str, rule: Optimizer, data: Array, wanted: Array, batch_size: int
     ) -> None:
+        rule.check(net.dtype)
         be = net.backend
         self.net, self.cost, self.task, self.rule = net, cost, task, rule
         self.data, self.wanted = data, wanted
@@ -37,9 +40,10 @@ class Eager:
         """
         net, ops = self.net, self.net.backend.ops
         batch, T = self.batch.first(len(rows)), self.T[: len(rows)]
-        ops.gather(self.data, rows, batch.A[0])
-        ops.gather(self.wanted, rows, T)
-        forward(ops, net, batch)
-        backward(ops, net, batch, T, self.cost, self.gradient)
-        ops.count(self.task, net.g, batch.Z[-1], T, batch.C, measured)
-        return bool(ops.update(self.rule, net.theta, self.flat, self.slots, lr, t, measured, self.diverged))
+        with np.errstate(all="ignore"):  # what is not finite is looked for, and told, by update
+            ops.gather(self.data, rows, batch.A[0])
+            ops.gather(self.wanted, rows, T)
+            forward(ops, net, batch)
+            backward(ops, net, batch, T, self.cost, self.gradient)
+            ops.count(self.task, net.g, batch.Z[-1], T, batch.C, measured)
+            return bool(ops.update(self.rule, net.theta, self.flat, self.slots, lr, t, measured, self.diverged))

@@ -100,10 +100,12 @@ def _labels(T: Array, K: int) -> Array:
 
 def _numeric(what: str, a: Any) -> Array:
     """`a` as an array of booleans, integers or floats, still in its own dtype."""
+    if np.ma.is_masked(a):
+        raise DataError(f"{what} has masked values", "fill them in, .filled(...), or remove those samples")
     if not is_cupy(a):
         try:
             a = np.asarray(a)
-        except (ValueError, TypeError, RuntimeError) as e:
+        except Exception as e:  # whatever somebody's __array__ raises
             lines = str(e).splitlines() or [type(e).__name__]
             raise DataError(
                 f"{what} is not an array: {lines[0]}", "pass an array of numbers, rows of equal length"

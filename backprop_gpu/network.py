@@ -204,6 +204,12 @@ class Network:
         other._place(backends.to_host(self.theta))
         return other
 
+    def __copy__(self) -> Network:
+        return self.to(self.backend.name)  # a shallow copy would share theta
+
+    def __deepcopy__(self, memo: Any) -> Network:
+        return self.to(self.backend.name)
+
     @property
     def parameter_count(self) -> int:
         """N_w + N_b (source 5, "Biases, Weights"); the padding of theta does not count."""

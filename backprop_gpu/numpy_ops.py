@@ -27,6 +27,7 @@ __all__ = [
 
 # Elements a block: of 2^13..2^18 and unblocked, best or near it for Adam on 0.4 M and 5.8 M float32 parameters (Zen 3).
 BLOCK = 1 << 17
+HUGE_STEP = 1e12
 
 _thread = threading.local()
 
@@ -119,21 +120,29 @@ def update(
 ) -> bool:
     """Apply `rule` to the flat vectors as step t (from 1), unless the run has left the finite numbers.
 
-    The first step whose cost (measured[0]) or squared gradient norm is not finite is latched in diverged[0], and from
-    then on theta and slots stay as they are: a finite norm of g bounds every rule's step, so theta stays finite too.
-    Returns False where it is known that nothing was applied.
+    The first step whose cost (measured[0]), squared gradient norm or outcome is not finite is latched in diverged[0];
+    that step and all after it leave theta and slots as they are. Returns False where it is known that nothing was
+    applied.
     """
-    if diverged[0] == 0 and not (math.isfinite(measured[0]) and math.isfinite(np.dot(gradient, gradient))):
+    norm2 = float(np.dot(gradient, gradient))
+    if diverged[0] == 0 and not (math.isfinite(measured[0]) and math.isfinite(norm2)):
         diverged[0] = t
     if diverged[0]:
         return False
+    # A step is about lr, or lr times the gradient: only a huge one leaves the finite numbers, or a decay that grows.
+    risky = lr * (1 + math.sqrt(norm2)) > HUGE_STEP or lr * rule.weight_decay >= 1
+    before = [v.copy() for v in (theta, *slots)] if risky else []
     c = rule.coefficients(lr, t)
     for i in range(0, theta.size, BLOCK):
         part = slice(i, min(i + BLOCK, theta.size))
         size = (part.stop - i,)
         s = scratch("block 0", size, theta.dtype), scratch("block 1", size, theta.dtype)
         rule.apply(np, theta[part], gradient[part], tuple(v[part] for v in slots), c, s)
-    return True
+    if risky and not np.isfinite(theta).all():
+        diverged[0] = t
+        for v, old in zip((theta, *slots), before, strict=True):
+            v[...] = old
+    return not diverged[0]
 
 
 def dot_targets(T: Array, M: Array, out: Array) -> None:

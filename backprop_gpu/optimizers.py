@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
 from .activations import Array
 from .errors import ConfigError, lookup
 
@@ -30,6 +32,7 @@ class Optimizer:
     lr: float
 
     name: ClassVar[str]
+    weight_decay = 0.0  # a field where the rule has it
 
     @property
     def slots(self) -> int:
@@ -46,21 +49,36 @@ class Optimizer:
         """One step, in place; g is only read."""
         raise NotImplementedError
 
+    def check(self, dtype: np.dtype[Any]) -> None:
+        """ConfigError where a hyper-parameter does not survive in the dtype of theta."""
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool):
-                continue
-            for number in value if isinstance(value, tuple) else (value,):
-                self._check(field.name, number)
+            if field.name == "betas":
+                value = self._pair(value)
+            elif field.name in _RANGES:
+                value = self._number(field.name, value)
+            else:
+                value = bool(value)
+            object.__setattr__(self, field.name, value)
 
-    def _check(self, name: str, value: object) -> None:
+    def _pair(self, value: Any) -> tuple[float, ...]:
+        if not (isinstance(value, (tuple, list)) and len(value) == 2):
+            raise ConfigError(f"{type(self).__name__}: betas is {value!r}", "give two numbers, such as (0.9, 0.999)")
+        return tuple(self._number("betas", beta) for beta in value)
+
+    def _number(self, name: str, value: Any) -> float:
+        """`value` as a Python float: any other kind would change the dtype of what it is multiplied with."""
         low, high, low_open = _RANGES[name]
-        number = isinstance(value, (int, float)) or hasattr(value, "__float__")
-        v = float(value) if number else math.nan  # type: ignore[arg-type]
-        if not (math.isfinite(v) and (low < v if low_open else low <= v) and v < high):
+        try:
+            number = math.nan if isinstance(value, (str, bytes)) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not (math.isfinite(number) and (low < number if low_open else low <= number) and number < high):
             wanted = f"{'above' if low_open else 'from'} {low:g}" + ("" if math.isinf(high) else f" to below {high:g}")
             raise ConfigError(f"{type(self).__name__}: {name} is {value!r}", f"give a finite number {wanted}")
+        return number
 
 
 _RANGES = {  # lower end, upper end (excluded), whether the lower end is excluded too
@@ -145,13 +163,12 @@ class Adam(Optimizer):
 
     name = "adam"
 
-    def __post_init__(self) -> None:
-        if not (isinstance(self.betas, (tuple, list)) and len(self.betas) == 2):
+    def check(self, dtype: np.dtype[Any]) -> None:
+        """ConfigError where eps' of the first step vanishes in the dtype of theta: 0 / 0 would follow."""
+        if self.coefficients(self.lr, 1)[2] < np.finfo(dtype).tiny:
             raise ConfigError(
-                f"{type(self).__name__}: betas is {self.betas!r}", "give two numbers, such as (0.9, 0.999)"
+                f"{type(self).__name__}: eps {self.eps:g} vanishes in {dtype}", "give a larger eps; 1e-8 is usual"
             )
-        object.__setattr__(self, "betas", tuple(self.betas))
-        super().__post_init__()
 
     @property
     def slots(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import math
@@ -26,7 +27,7 @@ class ProgressBar:
     """A callback of `train` that shows steps, cost and accuracy on stderr if that is a terminal, else nothing."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, color_system=None if os.environ.get("NO_COLOR") else "auto")
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
@@ -177,6 +178,13 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def tell(line: str) -> None:
+    """A line on stderr; nothing where that is closed."""
+    if sys.stderr is not None:  # print would take stdout instead
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr)
+
+
 def warn(message: Any, *_: Any) -> None:
     """A warning as one line on stderr; in the place of `warnings.showwarning`."""
-    print(f"backprop-gpu: warning: {message}", file=sys.stderr)
+    tell(f"backprop-gpu: warning: {' '.join(str(message).split())}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import operator
 import os
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NamedTuple
@@ -60,7 +62,11 @@ class Evaluation(NamedTuple):
 
 @dataclass
 class Run:
-    """A training run as callbacks see it. `epoch` and `step` count from 1; set `stop` to end it after this epoch."""
+    """A training run as callbacks see it.
+
+    `epoch` and `step` (over the whole run) count from 1 and tell what is done; `lr` is the last step's. Set `stop` to
+    end the run after this epoch. `whole` is False only while a step is under way: then theta may be between two steps.
+    """
 
     net: Network
     epochs: int
@@ -70,6 +76,7 @@ class Run:
     step: int = 0
     lr: float = 0.0
     stop: bool = False
+    whole: bool = True
 
 
 Callback = Callable[[Run], Any]
@@ -98,8 +105,8 @@ def train(
     (seed, epoch); the last, smaller batch is kept, its mean taken over its own size. A batch_size above the number of
     samples means all of them, with a warning unless it is the default. A second call starts with fresh slots.
 
-    `callbacks`: each is called with the `Run` after every epoch; one with a method `on_step` gets it called with the
-    Run after every step too. `save`: where to write the network when training is over.
+    `callbacks`: functions called with the `Run` after every epoch, or objects whose method `on_step` is called with it
+    after every step; an object may be both. `save`: where to write the network when training is over.
 
     Ctrl-C ends training after the step it falls into, raising KeyboardInterrupt with the network at that whole step; a
     second Ctrl-C does not wait. Raises DataError, ConfigError; DivergenceError when cost or gradient are not finite,
@@ -122,8 +129,8 @@ def train(
     be, history = net.backend, History()
     steps = steps_per_epoch(n, batch_size)
     run = Run(net, epochs, steps, history)
-    on_step = [c.on_step for c in callbacks if hasattr(c, "on_step")]
-    with be.active(), np.errstate(all="ignore"), _WholeSteps() as whole_steps:
+    on_step, on_epoch = _hooks(callbacks)
+    with _alone(net), be.active(), _WholeSteps() as whole_steps:
         executor = Eager(net, chosen, task, rule, be.asarray(data), be.asarray(wanted), batch_size)
         if held_out is not None:
             held_out = be.asarray(held_out[0]), be.asarray(held_out[1]), held_out[2]
@@ -133,18 +140,20 @@ def train(
             start = time.perf_counter()
             order = be.asarray(epoch_order(n, seed, run.epoch))
             for i in range(steps):
-                run.lr = rule.lr * factor(run.step, epochs * steps)
-                run.step += 1
+                lr = _lr(rule.lr, factor, run.step, epochs * steps)
                 rows = order[i * batch_size : (i + 1) * batch_size]
-                if not executor.step(rows, run.lr, run.step, measured[i]):
+                run.whole = False
+                applied = executor.step(rows, lr, run.step + 1, measured[i])
+                run.whole = True
+                if not applied:
                     break
+                run.step, run.lr = run.step + 1, lr
                 for call in on_step:
                     _call(call, run)
                 whole_steps.deliver()
             cost_sum, right = to_host(measured).sum(axis=0)  # the host waits for the device here, once an epoch
             if diverged := int(executor.diverged[0]):
-                at = rule.lr * factor(diverged - 1, epochs * steps)
-                raise DivergenceError(run.epoch, diverged, at)
+                raise DivergenceError(run.epoch, diverged, _lr(rule.lr, factor, diverged - 1, epochs * steps))
             history.seconds.append(time.perf_counter() - start)
             history.epoch.append(run.epoch)
             history.train_cost.append(float(cost_sum) / n)
@@ -154,8 +163,8 @@ def train(
             history.validation_accuracy.append(after.accuracy if after else None)
             history.lr.append(run.lr)
             history.steps.append(run.step)
-            for callback in callbacks:
-                _call(callback, run)
+            for call in on_epoch:
+                _call(call, run)
             whole_steps.deliver()
             if run.stop:
                 break
@@ -172,18 +181,24 @@ def evaluate(net: Network, X: Any, T: Any, cost: str | None = None) -> Evaluatio
     chosen = choose_cost(cost or net.cost, net.output)
     data, wanted, task = _checked(net, X, T, chosen)
     be = net.backend
-    with be.active(), np.errstate(all="ignore"):
+    with be.active():
         return _evaluate(net, data, be.asarray(wanted), task, chosen)
+
+
+def check_data(net: Network, X: Any, T: Any, cost: str | None = None) -> None:
+    """Raise what `train` and `evaluate` would raise for X, T and `cost` (None: the canonical one); else do nothing."""
+    _checked(net, X, T, choose_cost(cost, net.output))
 
 
 def _evaluate(net: Network, data: Array, wanted: Array, task: str, cost: Cost) -> Evaluation:
     be, n = net.backend, len(data)
     totals = []
-    for rows, batch in forward_chunks(net, data):
-        Z, T = batch.Z[-1], wanted[rows]
-        be.ops.output_delta(cost, net.g, Z, T, 1.0, batch.Delta[-1], batch.C)
-        totals.append(be.zeros(2, np.dtype(np.float64)))
-        be.ops.count(task, net.g, Z, T, batch.C, totals[-1])
+    with np.errstate(all="ignore"):
+        for rows, batch in forward_chunks(net, data):
+            Z, T = batch.Z[-1], wanted[rows]
+            be.ops.output_delta(cost, net.g, Z, T, 1.0, batch.Delta[-1], batch.C)
+            totals.append(be.zeros(2, np.dtype(np.float64)))
+            be.ops.count(task, net.g, Z, T, batch.C, totals[-1])
     cost_sum, right = np.sum([to_host(t) for t in totals], axis=0)
     return Evaluation(float(cost_sum) / n, None if task == "regression" else float(right) / n)
 
@@ -212,6 +227,49 @@ def _positive(name: str, value: Any) -> int:
     if number < 1:
         raise ConfigError(f"{name} is {value!r}", "give an integer, 1 or more")
     return number
+
+
+def _lr(lr: float, factor: Schedule, step: int, total: int) -> float:
+    """The learning rate of a step, counted from 0."""
+    try:
+        value = lr * float(factor(step, total))
+    except TypeError as e:
+        raise ConfigError(
+            f"the schedule {factor!r} fails: {e}", "give a function of (step, total) that returns a number"
+        ) from e
+    if not (math.isfinite(value) and value >= 0):
+        raise ConfigError(
+            f"the schedule {factor!r} makes lr {value:g} in step {step + 1}", "return a finite factor, 0 or more"
+        )
+    return value
+
+
+def _hooks(callbacks: Any) -> tuple[list[Callback], list[Callback]]:
+    """What to call after each step, and after each epoch."""
+    if not isinstance(callbacks, (list, tuple)) or not all(callable(c) or hasattr(c, "on_step") for c in callbacks):
+        raise ConfigError(
+            f"callbacks is {callbacks!r}",
+            "give a list of functions of the run, or of objects with a method on_step(run)",
+        )
+    return [c.on_step for c in callbacks if hasattr(c, "on_step")], [c for c in callbacks if callable(c)]
+
+
+_in_training: set[int] = set()
+_in_training_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _alone(net: Network) -> Iterator[None]:
+    """ConfigError where this very network is being trained already, by another thread or further up."""
+    with _in_training_lock:
+        if id(net) in _in_training:
+            raise ConfigError("this network is being trained already", "train a copy of it: copy.deepcopy(net)")
+        _in_training.add(id(net))
+    try:
+        yield
+    finally:
+        with _in_training_lock:
+            _in_training.discard(id(net))
 
 
 def _call(callback: Callback, run: Run) -> None:

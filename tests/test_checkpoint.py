@@ -1,5 +1,7 @@
 """Model files: what is saved comes back, and nothing else does."""
 
+import copy
+import hashlib
 import json
 import os
 import stat
@@ -55,7 +57,7 @@ def test_train_saves(tmp_path):
 def test_symlinks_are_followed_and_the_mode_follows_the_umask(tmp_path):
     net = trained()
     (tmp_path / "real").mkdir()
-    (tmp_path / "real" / "m").write_text("old")
+    bp.save(bp.Network([1, 1], backend="numpy"), tmp_path / "real" / "m")
     (tmp_path / "link").symlink_to(tmp_path / "real" / "m")
     old = os.umask(0o027)
     try:
@@ -95,20 +97,19 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, c
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
-def forge(tmp_path, tensors=None, drop=(), **changes):
-    """A model file with parts of its metadata or tensors exchanged."""
-    net = trained()
-    bp.save(net, tmp_path / "m")
+def forge(tmp_path, tensors=None, drop=(), config=None, extra=None, digests=True, **metadata):
+    """A model file with parts of its metadata or tensors exchanged, and digests that fit, unless told otherwise."""
+    bp.save(trained(), tmp_path / "m")
     content = (tmp_path / "m").read_bytes()
     length = int.from_bytes(content[:8], "little")
-    metadata = json.loads(content[8 : 8 + length])["__metadata__"]
-    config = json.loads(metadata["config"])
-    config.update(changes.pop("config", {}))
-    metadata["config"] = json.dumps(config)
-    metadata.update(changes)
-    kept = load_tensors(content)
-    kept.update(tensors or {})
-    (tmp_path / "m").write_bytes(save_tensors({k: v for k, v in kept.items() if k not in drop}, metadata))
+    meta = json.loads(content[8 : 8 + length])["__metadata__"]
+    meta["config"] = json.dumps({**json.loads(meta["config"]), **(config or {})})
+    kept = {k: v for k, v in {**load_tensors(content), **(tensors or {})}.items() if k not in drop}
+    if digests:
+        meta["sha256"] = json.dumps({k: hashlib.sha256(v.tobytes()).hexdigest() for k, v in kept.items()})
+    meta.update(metadata)
+    meta.update(extra or {})
+    (tmp_path / "m").write_bytes(save_tensors(kept, meta))
     return tmp_path / "m"
 
 
@@ -119,15 +120,25 @@ NAN = np.full((5, 4), np.nan, np.float32)
     ("changes", "words"),
     [
         ({"format": "other"}, "but of 'other'"),
-        ({"format_version": "2"}, "has format version 2"),
+        ({"format_version": "2"}, "has format version '2'"),
         ({"config": {"layers": [4, 6, 3]}}, "does not hold the tensors"),
         ({"config": {"layers": [10**6, 10**6]}}, "do not fit into"),
-        ({"config": {"layers": "many"}}, "impossible settings"),
-        ({"config": {"layers": [4]}}, "impossible settings"),
-        ({"config": {"hidden": "evil"}}, "impossible settings"),
+        ({"config": {"layers": "many"}}, "is not a model"),
+        ({"config": {"layers": [4]}}, "is not a model"),
+        ({"config": {"hidden": "evil"}}, "unknown hidden activation"),
         ({"config": {"precision": "float64"}}, "does not hold the tensors"),
         ({"config": {"bias": False}}, "does not hold the tensors"),
-        ({"config": {"task": "world peace"}}, "is not a model"),
+        ({"config": {"task": "world peace"}}, "task 'world peace'"),
+        ({"config": {"task": "binary"}}, "task 'binary' with output 'softmax'"),
+        ({"config": {"bias": "false"}}, "bias 'false'"),
+        ({"config": {"init": {"a": 1}}}, "unknown initialiser"),
+        ({"config": {"colour": "red"}}, "more or fewer entries"),
+        ({"extra": {"colour": "red"}}, "more or fewer entries"),
+        ({"config": {"seed": -1}}, "seed is -1"),
+        (
+            {"digests": False, "tensors": {"layer.1.bias": np.zeros(5, np.float32)}},
+            "layer.1.bias is not what was saved",
+        ),
         ({"config": {"cost": "hinge"}}, "is not a model"),
         ({"config": {"output": "identity"}}, "is not a model"),  # does not go with the cost
         ({"drop": ["layer.2.bias"]}, "does not hold the tensors"),
@@ -164,6 +175,78 @@ def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "m").write_bytes(content)
     with pytest.raises(bp.CheckpointError):
         bp.load(tmp_path / "m", "numpy")
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    bp.save(trained(), tmp_path / "m")
+    content = (tmp_path / "m").read_bytes()
+    first = 8 + int.from_bytes(content[:8], "little")
+    assert len(content) - first == 4 * 43
+    for at in range(first, len(content)):
+        for bit in range(8):
+            damaged = bytearray(content)
+            damaged[at] ^= 1 << bit
+            (tmp_path / "x").write_bytes(damaged)
+            with pytest.raises(bp.CheckpointError, match="is not what was saved"):
+                bp.load(tmp_path / "x", "numpy")
+
+
+def test_an_entry_that_stands_there_twice(tmp_path):
+    bp.save(trained(), tmp_path / "m")
+    content = (tmp_path / "m").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = b'{"layer.1.bias":{"dtype":"F32","shape":[5],"data_offsets":[0,20]},' + content[9 : 8 + length]
+    (tmp_path / "m").write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    with pytest.raises(bp.CheckpointError, match="stands there twice"):
+        bp.load(tmp_path / "m", "numpy")
+
+
+def test_what_is_no_model_is_not_written_over(tmp_path):
+    for name, content in {"thesis.txt": b"all is well", "other": save_tensors({"a": np.zeros(1)})}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(bp.CheckpointError, match="exists and is no model"):
+            bp.save(trained(), tmp_path / name)
+        assert (tmp_path / name).read_bytes() == content
+    (tmp_path / "empty").touch()
+    for name in ("empty", "empty", "new"):
+        bp.save(trained(), tmp_path / name)
+        assert bp.load(tmp_path / name, "numpy").layers == [4, 5, 3]
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
+    net = trained()
+    bp.save(net, tmp_path / "m")
+    before = (tmp_path / "m").read_bytes()
+    net.W[2][0, 0] = np.nan
+    with pytest.raises(bp.CheckpointError, match=r"layer\.2\.weight holds NaN"):
+        bp.save(net, tmp_path / "m")
+    assert (tmp_path / "m").read_bytes() == before
+
+
+def test_names_that_lead_nowhere(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("loop", "x" * 300, "a\0b", "pipe"):
+        with pytest.raises(bp.CheckpointError):
+            bp.save(trained(), tmp_path / name)
+        with pytest.raises(bp.CheckpointError):
+            bp.load(tmp_path / name)
+    assert (tmp_path / "loop").is_symlink()
+
+
+def test_a_wrong_backend_is_not_the_files_fault(tmp_path, monkeypatch):
+    bp.save(trained(), tmp_path / "m")
+    with pytest.raises(bp.ConfigError, match="unknown backend 'torch'"):
+        bp.load(tmp_path / "m", backend="torch")
+
+
+def test_errors_travel(tmp_path):
+    with pytest.raises(bp.CheckpointError) as e:
+        bp.load(tmp_path / "nothing")
+    again = copy.deepcopy(e.value)
+    assert (again.cause, again.cure, again.errno) == (e.value.cause, e.value.cure, 2)
+    diverged = copy.copy(bp.DivergenceError(1, 2, 0.5))
+    assert (diverged.epoch, diverged.step, diverged.learning_rate) == (1, 2, 0.5)
 
 
 def test_missing_files_and_directories(tmp_path):

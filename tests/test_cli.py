@@ -131,7 +131,7 @@ def test_npz_regression(tmp_path):
     predicted = last_json(run("predict", tmp_path / "m", tmp_path / "x.npy", "--json"))["predictions"]
     np.testing.assert_allclose(predicted, bp.load(tmp_path / "m", "numpy").predict(x[:3]))
     refused("predict", tmp_path / "m", tmp_path / "x.npy", "--proba", code=2, cause="are not probabilities")
-    refused("evaluate", tmp_path / "m", "--data", tmp_path / "d.npz", code=2, cause="has no test data")
+    refused("evaluate", tmp_path / "m", "--data", tmp_path / "d.npz", code=1, cause="has no test data")
 
 
 def test_doctor():
@@ -216,7 +216,7 @@ def test_bad_data_files_and_runs_exit_1(folder, tmp_path, args, cause):
     [
         ({"x_train": np.full((4, 2), np.nan), "y_train": np.zeros(4, int)}, "X holds nan at row 0, column 0"),
         ({"x_train": np.ones((4, 2)), "y_train": np.zeros(3, int)}, "x_train has shape (4, 2), y_train (3,)"),
-        ({"x_train": np.ones((0, 2)), "y_train": np.zeros(0, int)}, "x_train has no samples"),
+        ({"x_train": np.ones((0, 2)), "y_train": np.zeros(0, int)}, "x_train is empty, shape (0, 2)"),
         ({"x_train": np.ones((4, 2), object), "y_train": np.zeros(4, int)}, "pickled objects are never read"),
         ({"x_train": np.ones((4, 2)), "y_train": np.array([0, 1, -1, 0])}, "labels must be in 0..1, found -1 at row 2"),
     ],

@@ -2,7 +2,9 @@
 
 import gzip
 import io
+import os
 import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -230,7 +232,12 @@ def with_header(text):
         (npy(np.array([None])), "pickled objects are never read"),
         (with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (10**9,)}"), "is not a sound"),
         (with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,)}"), "announces 8000000000000"),
-        (with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (-1,)}"), "but holds 0"),
+        (with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (-1,)}"), "shape (-1,)"),
+        (with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (True,)}"), "shape (True,)"),
+        (with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (2**62,)}"), "is not a sound"),
+        (with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (4611686018427387904, 4, 0)}"), "is empty"),
+        (with_header("{'descr': '<f8', 'fortran_order': False, 'shape': " + str((1,) * 33) + "}"), "shape (1, 1"),
+        (with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (3"), "is not a sound"),
         (with_header("__import__('os')"), "is not a sound"),
     ],
 )
@@ -245,6 +252,45 @@ def test_npy(tmp_path):
     for a in (np.arange(6).reshape(2, 3), np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.arange(3, dtype=">i4")):
         np.save(tmp_path / "a.npy", a)
         np.testing.assert_array_equal(read_npy(tmp_path / "a.npy"), a)
+
+
+def lying_zip(name, claimed, method=zipfile.ZIP_DEFLATED):
+    """An archive whose only member announces `claimed` bytes in the directory of the archive."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as archive:
+        archive.writestr(name, npy(np.zeros(3)))
+    content = bytearray(out.getvalue())
+    at = content.rindex(b"PK\1\2") + 24
+    content[at : at + 4] = struct.pack("<I", claimed)
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (lying_zip("x_train.npy", 4_000_000_000), "cannot hold"),
+        (lying_zip("x_train.npy", 153, zipfile.ZIP_STORED), "cannot hold"),
+        (lying_zip("x_train.npy", 152, zipfile.ZIP_LZMA), "packed in a way that numpy does not write"),
+    ],
+)
+def test_archives_that_lie(tmp_path, content, words):
+    (tmp_path / "d.npz").write_bytes(content)
+    with pytest.raises(bp.DataError) as e:
+        bp.datasets.load(tmp_path / "d.npz")
+    assert words in e.value.cause
+
+
+@pytest.mark.parametrize("read", [read_npy, bp.datasets.load, lambda p: read_idx(p, 3)], ids=["npy", "npz", "idx"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(bp.DataError, match="is not a regular file"):
+        read(tmp_path / "pipe.npz")
+
+
+@pytest.mark.parametrize("name", ["a\0b.npz", "x" * 300 + ".npz", "y/" * 3000 + "z.npz"])
+def test_impossible_names(name):
+    with pytest.raises(bp.DataError):
+        bp.datasets.load(name)
 
 
 def test_damaged_zip_members(tmp_path):

@@ -86,6 +86,27 @@ def test_targets_refused(net, bad, words):
         np.testing.assert_array_equal(to_host(net.theta), before)
 
 
+def test_masked_values_are_refused():
+    net = bp.Network([4, 3], backend="numpy")
+    masked_X, masked_T = np.ma.masked_array(X), np.ma.masked_array(T)
+    net.gradients(masked_X, masked_T)
+    masked_T[2] = np.ma.masked
+    with pytest.raises(bp.DataError, match="T has masked values"):
+        net.gradients(X, masked_T)
+    masked_X[1, 1] = np.ma.masked
+    with pytest.raises(bp.DataError, match="X has masked values"):
+        net.forward(masked_X)
+
+
+def test_arrays_whose_conversion_fails():
+    class Bad:
+        def __array__(self, *args, **kwargs):
+            raise KeyError("no")
+
+    with pytest.raises(bp.DataError, match="X is not an array"):
+        bp.Network([4, 3], backend="numpy").forward(Bad())
+
+
 def test_labels_of_cupy_arrays_are_checked_too(backend):
     if backend.name == "numpy":
         pytest.skip("CuPy's indexing wraps, NumPy's does not")

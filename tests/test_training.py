@@ -1,5 +1,6 @@
 """The training loop: what an epoch is, history, validation, callbacks, divergence, interruption, repeatability."""
 
+import copy
 import os
 import signal
 import threading
@@ -265,6 +266,42 @@ def test_divergence_is_told_and_the_last_finite_parameters_kept(backend, blobs, 
     np.testing.assert_array_equal(theta, keep.thetas[error.step - 1])
 
 
+@pytest.mark.parametrize(
+    ("rule", "schedule"),
+    [
+        (bp.SGD(1e39), None),
+        (bp.SGD(1e37, momentum=0.9), None),
+        (bp.SGD(1e38, momentum=0.9, nesterov=True), None),
+        (bp.Adam(1e39), None),
+        (bp.Adam(1e38, amsgrad=True), None),
+        (bp.AdamW(1e39), None),
+        (bp.AdamW(weight_decay=1e42), None),
+        (bp.SGD(0.1, weight_decay=1e39), None),
+        (bp.SGD(0.1), lambda step, total: 1e39 if step == 3 else 1.0),
+    ],
+    ids=repr,
+)
+def test_a_step_that_would_leave_the_finite_numbers_is_not_taken(backend, blobs, rule, schedule):
+    """The cost and the gradient are finite, theta after the step would not be: in float32, and nothing moves."""
+    X, T = blobs
+    net = bp.Network([4, 8, 3], backend=backend.name)
+    keep = Keep(net)
+    with pytest.raises(bp.DivergenceError) as e:
+        bp.train(net, X, T, optimizer=rule, schedule=schedule, epochs=40, batch_size=20, callbacks=[keep])
+    theta = to_host(net.theta)
+    assert np.isfinite(theta).all()
+    np.testing.assert_array_equal(theta, keep.thetas[e.value.step - 1])
+
+
+def test_a_decay_that_grows_is_caught_where_no_cost_sees_it():
+    """Weights behind an input that is always 0 have no part in the cost, but weight_decay doubles them every step."""
+    X, T = np.zeros((8, 4)), np.zeros(8, int)
+    net = bp.Network([4, 8, 3], backend="numpy")
+    with pytest.raises(bp.DivergenceError):
+        bp.train(net, X, T, optimizer=bp.AdamW(1.0, weight_decay=3.0), epochs=1000, batch_size=8)
+    assert np.isfinite(net.theta).all()
+
+
 def test_adam_that_walks_away_is_told_too(blobs):
     X, _ = blobs
     net = bp.Network([4, 8, 4], output="identity", backend="numpy")
@@ -318,6 +355,63 @@ def test_a_second_ctrl_c_does_not_wait(blobs, monkeypatch):
     assert not ended
 
 
+def test_one_network_is_not_trained_twice_at_once(blobs):
+    X, T = blobs
+    net = bp.Network([4, 3], backend="numpy")
+    errors = []
+
+    def again(run):
+        for target in (net, copy.deepcopy(net)):
+            try:
+                bp.train(target, X, T, epochs=1)
+            except bp.ConfigError as e:
+                errors.append(e.cause)
+
+    bp.train(net, X, T, epochs=2, callbacks=[again])
+    assert errors == ["this network is being trained already"] * 2
+    bp.train(net, X, T, epochs=1)
+
+
+def test_copies_are_networks_of_their_own():
+    net = bp.Network([4, 3], backend="numpy")
+    for other in (copy.copy(net), copy.deepcopy(net)):
+        np.testing.assert_array_equal(other.theta, net.theta)
+        assert not np.shares_memory(other.theta, net.theta)
+        assert np.shares_memory(other.W[1], other.theta)
+
+
+def test_a_callback_with_on_step_alone(blobs):
+    X, T = blobs
+
+    class Steps:
+        seen = 0
+
+        def on_step(self, run):
+            self.seen += 1
+
+    steps = Steps()
+    bp.train(bp.Network([4, 3], backend="numpy"), X, T, epochs=2, batch_size=101, callbacks=[steps])
+    assert steps.seen == 2
+
+
+def test_callbacks_keep_their_numpy_warnings(blobs):
+    X, T = blobs
+    with pytest.warns(RuntimeWarning, match="divide by zero"):
+        bp.train(
+            bp.Network([4, 3], backend="numpy"), X, T, epochs=1, callbacks=[lambda run: np.float64(1) / np.float64(0)]
+        )
+
+
+def test_numpy_numbers_as_hyper_parameters_change_no_bit(blobs):
+    X, T = blobs
+    thetas = []
+    for lr, factor in ((0.1, 0.5), (np.float64(0.1), np.float64(0.5))):
+        net = bp.Network([4, 3], backend="numpy")
+        bp.train(net, X, T, optimizer=bp.SGD(lr, momentum=type(lr)(0.9)), schedule=lambda s, n, f=factor: f, epochs=2)
+        thetas.append(net.theta)
+    np.testing.assert_array_equal(*thetas)
+
+
 def test_threads_train_their_own_networks(blobs):
     X, T = blobs
     alone = bp.Network([4, 33, 3], seed=1, backend="numpy")
@@ -342,6 +436,13 @@ def test_threads_train_their_own_networks(blobs):
         ({"cost": "binary_cross_entropy"}, bp.ConfigError),
         ({"optimizer": "sdg"}, bp.ConfigError),
         ({"schedule": "cos"}, bp.ConfigError),
+        ({"schedule": lambda step, total: float("nan")}, bp.ConfigError),
+        ({"schedule": lambda step, total: -1}, bp.ConfigError),
+        ({"schedule": lambda step, total: None}, bp.ConfigError),
+        ({"schedule": lambda step: 1}, bp.ConfigError),
+        ({"callbacks": None}, bp.ConfigError),
+        ({"callbacks": [5]}, bp.ConfigError),
+        ({"optimizer": bp.Adam(eps=1e-45)}, bp.ConfigError),
         ({"validation": 3}, bp.DataError),
         ({"validation": (np.ones((2, 5)), [0, 1])}, bp.DataError),
         ({"save": "no/such/directory/x.safetensors"}, bp.CheckpointError),

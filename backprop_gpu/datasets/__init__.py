@@ -45,9 +45,9 @@ def load(source: str | os.PathLike[str] = "mnist") -> tuple[Dataset, Dataset | N
     if isinstance(source, str) and source == "mnist":
         return _directory(MNIST, MNIST_SHA256)
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _directory(path, {})
-    if path.suffix == ".npz" or path.is_file():
+    if path.suffix == ".npz" or os.path.isfile(path):
         return _npz(path)
     raise DataError(f"there is no dataset {str(source)!r}", "give mnist, a directory of IDX files, or an .npz file")
 
@@ -97,7 +97,5 @@ def _npz(path: Path) -> tuple[Dataset, Dataset | None]:
                 f"{path}: x_{part} has shape {x.shape}, y_{part} {y.shape}",
                 "save one row of x and one entry of y a sample",
             )
-        if len(x) == 0:
-            raise DataError(f"{path}: x_{part} has no samples", "save one row at least")
         parts[part] = Dataset(x.reshape(len(x), math.prod(x.shape[1:])), y)
     return parts["train"], parts["test"]

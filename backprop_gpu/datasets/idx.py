@@ -12,6 +12,7 @@ import os
 import stat
 import zlib
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..errors import DataError
 
 MAX_BYTES = 1 << 30  # of one array, unpacked
 _PIECE = 1 << 20
-_DEFLATE_LIMIT = 1032  # no deflate stream unpacks to more than this many times its size
+DEFLATE_LIMIT = 1032  # no deflate stream unpacks to more than this many times its size
 
 
 def read_idx(path: Path, ndim: int, max_bytes: int = MAX_BYTES, sha256: str | None = None) -> np.ndarray:
@@ -31,7 +32,7 @@ def read_idx(path: Path, ndim: int, max_bytes: int = MAX_BYTES, sha256: str | No
     than its header says, larger than `max_bytes`, or another than its digest says.
     """
     path = Path(path)
-    with _open(path) as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         packed = file.peek(2)[:2] == b"\x1f\x8b"
         if size == 0:
@@ -60,7 +61,7 @@ def read_idx(path: Path, ndim: int, max_bytes: int = MAX_BYTES, sha256: str | No
             raise _bad(path, f"announces no data: dimensions {shape}")
         if expected > max_bytes:
             raise _bad(path, f"announces {expected} bytes, more than the limit of {max_bytes}")
-        if expected > size * (_DEFLATE_LIMIT if packed else 1):
+        if expected > size * (DEFLATE_LIMIT if packed else 1):
             raise _bad(path, f"announces {expected} bytes, dimensions {shape}, which its {size} bytes cannot hold")
         data = np.empty(expected, np.uint8)
         got = stream.read_into(data.data)
@@ -75,20 +76,24 @@ def read_idx(path: Path, ndim: int, max_bytes: int = MAX_BYTES, sha256: str | No
         return data.reshape(shape)
 
 
-def _open(path: Path):  # type: ignore[no-untyped-def]
+def open_regular(path: Path) -> BufferedReader:
+    """`path` open for reading; DataError where it cannot be, or is no regular file (opening a pipe would hang)."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise _bad(path, "is not a regular file")
         return path.open("rb")
-    except OSError as e:
-        raise DataError(f"{path} cannot be read: {e.strerror or e}", "check the path and its permissions") from None
+    except (OSError, ValueError) as e:  # ValueError: a null byte in the name
+        if isinstance(e, DataError):
+            raise
+        reason = getattr(e, "strerror", None) or e
+        raise DataError(f"{path} cannot be read: {reason}", "check the path and its permissions") from None
 
 
 def _bad(path: Path, what: str) -> DataError:
     return DataError(f"{path} {what}", "get the file again, or check that it is the one that was meant")
 
 
-def _unpack(path: Path, file) -> Iterator[bytes]:  # type: ignore[no-untyped-def]
+def _unpack(path: Path, file: BufferedReader) -> Iterator[bytes]:
     """The pieces of a gzip file of one member, which must end where the file ends."""
     inflate = zlib.decompressobj(wbits=31)
     count = 0
@@ -111,7 +116,7 @@ def _unpack(path: Path, file) -> Iterator[bytes]:  # type: ignore[no-untyped-def
 class _Stream:
     """Exact reads from an iterator of pieces, each piece hashed as it is used."""
 
-    def __init__(self, pieces: Iterator[bytes], digest) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, pieces: Iterator[bytes], digest: hashlib._Hash) -> None:
         self._pieces = pieces
         self._rest = memoryview(b"")
         self._digest = digest

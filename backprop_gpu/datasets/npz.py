@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import tokenize
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import IO
 import numpy as np
 
 from ..errors import DataError
+from .idx import DEFLATE_LIMIT, open_regular
 
 MAX_BYTES = 1 << 32  # of one array, unpacked
 
@@ -19,29 +22,38 @@ MAX_BYTES = 1 << 32  # of one array, unpacked
 def read_npy(path: Path, max_bytes: int = MAX_BYTES) -> np.ndarray:
     """The array of a .npy file. Raises DataError for a file that is missing, damaged, pickled or too large."""
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            return _read(file, os.fstat(file.fileno()).st_size, str(path), max_bytes)
-    except OSError as e:
-        raise DataError(f"{path} cannot be read: {e.strerror or e}", "check the path and its permissions") from None
+    with open_regular(path) as file:
+        return _read(file, os.fstat(file.fileno()).st_size, str(path), max_bytes)
 
 
 def read_npz(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:
     """The arrays of an .npz file, of those among x_train, y_train, x_test, y_test. Raises DataError as `read_npy`."""
     path = Path(path)
     arrays = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {info.filename: info for info in archive.infolist()}
-            for name in ("x_train", "y_train", "x_test", "y_test"):
-                if info := members.get(f"{name}.npy"):
-                    with archive.open(info) as file:
-                        arrays[name] = _read(file, info.file_size, f"{path}: {name}", max_bytes)
-    except OSError as e:
-        raise DataError(f"{path} cannot be read: {e.strerror or e}", "check the path and its permissions") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as e:
-        raise DataError(f"{path} is not a sound .npz file: {e}", "write it again with numpy.savez") from None
+    with open_regular(path) as content:
+        size = os.fstat(content.fileno()).st_size
+        try:
+            with zipfile.ZipFile(content) as archive:
+                members = {info.filename: info for info in archive.infolist()}
+                for name in ("x_train", "y_train", "x_test", "y_test"):
+                    if info := members.get(f"{name}.npy"):
+                        _refuse_bomb(info, size)
+                        with archive.open(info) as file:
+                            arrays[name] = _read(file, info.file_size, f"{path}: {name}", max_bytes)
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as e:
+            raise DataError(f"{path} is not a sound .npz file: {e}", "write it again with numpy.savez") from None
     return arrays
+
+
+def _refuse_bomb(info: zipfile.ZipInfo, size: int) -> None:
+    """No member unpacks to more than its packed bytes, all within a file of `size` bytes, can hold."""
+    most = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: DEFLATE_LIMIT}.get(info.compress_type)
+    if most is None:
+        raise NotImplementedError(f"{info.filename} is packed in a way that numpy does not write")
+    if info.file_size > most * min(info.compress_size, size):
+        raise zipfile.BadZipFile(
+            f"{info.filename} announces {info.file_size} bytes, which {info.compress_size} cannot hold"
+        )
 
 
 def _read(file: IO[bytes], size: int, what: str, max_bytes: int) -> np.ndarray:
@@ -52,19 +64,25 @@ def _read(file: IO[bytes], size: int, what: str, max_bytes: int) -> np.ndarray:
         if version not in ((1, 0), (2, 0)):
             raise ValueError(f"version {version} of the format is for structured arrays only")
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = header(file)
-    except (ValueError, SyntaxError, RecursionError, MemoryError) as e:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of headers that Python 2 wrote
+            shape, fortran, dtype = header(file)
+        if len(shape) > 32 or any(type(n) is not int or n < 0 for n in shape):
+            raise ValueError(f"shape {shape}")
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as e:
         raise DataError(f"{what} is not a sound .npy array: {(str(e).splitlines() or ['?'])[0]}", cure) from None
     if dtype.hasobject or dtype.kind not in "biuf":
         raise DataError(f"{what} holds {dtype}, not plain numbers: pickled objects are never read", cure)
     expected = math.prod(shape) * dtype.itemsize
     there = size - file.tell()
-    if any(n < 0 for n in shape) or expected != there:
+    if expected == 0:
+        raise DataError(f"{what} is empty, shape {shape}", cure)
+    if expected != there:
         raise DataError(f"{what} announces {expected} bytes, shape {shape}, but holds {there}", cure)
     if expected > max_bytes:
         raise DataError(f"{what} announces {expected} bytes, more than the limit of {max_bytes}", cure)
-    data = bytearray(expected)
-    view, at = memoryview(data), 0
+    data = np.empty(expected, np.uint8)
+    view, at = data.data, 0
     while at < expected:
         piece = file.read(min(1 << 20, expected - at))
         if not piece:
@@ -73,5 +91,5 @@ def _read(file: IO[bytes], size: int, what: str, max_bytes: int) -> np.ndarray:
         at += len(piece)
     if file.read(1):
         raise DataError(f"{what} goes on after its {expected} bytes", cure)
-    array = np.frombuffer(data, dtype)
+    array = data.view(dtype)
     return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
