@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -257,6 +258,103 @@ def test_signals_save_the_last_whole_step(tmp_path, number, code, word):
     assert found, err
     assert int(found[1]) > 0
     assert bp.evaluate(bp.load(tmp_path / "m", "numpy"), *bp.datasets.load("mnist")[1]).accuracy > 0.5
+
+
+def test_a_second_ctrl_c_saves_nothing_torn(tmp_path):
+    """Two interrupts within one step: the network may be between two steps, so it is not saved as one."""
+    script = """
+import os, signal, sys
+from backprop_gpu import cli, numpy_ops
+plain, calls = numpy_ops.gradients, []
+def twice(*args):
+    calls.append(1)
+    for _ in range(2 if len(calls) == 5 else 0):  # two layers: in the third step
+        os.kill(os.getpid(), signal.SIGINT)
+    plain(*args)
+numpy_ops.gradients = twice
+cli.main(sys.argv[1:])
+"""
+    done = run("train", "--epochs", 1, "--save", tmp_path / "m", code=130, command=[sys.executable, "-c", script])
+    assert done.stderr == "backprop-gpu: interrupted in the middle of step 3; nothing saved\n"
+    assert not (tmp_path / "m").exists()
+
+
+def shell(line, *args, **kwargs):
+    """A line of sh with "$0" for the command and "$@" for the arguments."""
+    program = Path(sys.executable).parent / "backprop-gpu"
+    return subprocess.run(
+        ["sh", "-c", line, program, *map(str, args)], capture_output=True, text=True, timeout=60, check=False, **kwargs
+    )
+
+
+def test_closed_streams(tmp_path, folder):
+    args = ["train", "--data", folder, "--epochs", 1, "--json", "--save", tmp_path / "m"]
+    done = shell('"$0" "$@" 2>&-', *args)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["epochs"] == 1  # nothing but the JSON
+    done = shell('"$0" "$@" 2>&-', "train", "--data", "nowhere", "--json")
+    assert (done.returncode, done.stdout) == (1, "")
+    for command in (args, ["doctor"], ["--version"]):
+        done = shell('"$0" "$@" >&-', *command)
+        assert "Traceback" not in done.stderr
+        assert "unexpected" not in done.stderr
+    (tmp_path / "m").unlink()
+    done = shell('"$0" "$@" >/dev/full', *args)
+    assert done.returncode == 1
+    assert "stdout: No space left on device" in done.stderr
+    assert "report this bug" not in done.stderr
+    assert bp.load(tmp_path / "m", "numpy").layers == [4, 512, 3]  # saved before anything could go wrong
+
+
+def test_bad_test_data_is_found_before_the_training(tmp_path):
+    arrays = {
+        "x_train": np.ones((6, 2)),
+        "y_train": np.arange(6) % 2,
+        "x_test": np.ones((2, 2)),
+        "y_test": np.array([0, 5]),
+    }
+    np.savez(tmp_path / "d.npz", **arrays)
+    start_time = time.monotonic()
+    refused(
+        "train",
+        "--data",
+        tmp_path / "d.npz",
+        "--epochs",
+        10**6,
+        code=1,
+        cause="labels must be in 0..1, found 5 at row 1",
+    )
+    assert time.monotonic() - start_time < 60
+
+
+def test_a_label_far_out_is_bad_data(tmp_path):
+    for label in (3_000_000, 2**64 - 1):
+        np.savez(tmp_path / "d.npz", x_train=np.ones((3, 2)), y_train=np.array([0, 1, label], np.uint64))
+        refused("train", "--data", tmp_path / "d.npz", code=1, cause=f"label {label} at row 2")
+
+
+def test_control_characters_do_not_reach_the_terminal(tmp_path):
+    refused("train", "--data", "a\nb\x1b[31m.npz", code=1, cause=r"a\nb\x1b[31m.npz", cwd=tmp_path)
+
+
+def test_no_command():
+    refused(code=2, cause="no command was given")
+
+
+@pytest.mark.parametrize(("variable", "value"), [("BACKPROP_GPU_BACKEND", "bogus"), ("BACKPROP_GPU_DEVICE", "x")])
+def test_variables_that_make_no_sense(folder, variable, value):
+    env = {variable: value}
+    if variable == "BACKPROP_GPU_DEVICE":
+        env["BACKPROP_GPU_BACKEND"] = "cupy"
+    refused("train", "--data", folder, code=2, cause=variable, env=env)
+
+
+def test_warnings_are_one_line(folder):
+    done = run("train", "--data", folder, "--epochs", 1, "--batch-size", 1000)
+    assert done.stderr == "backprop-gpu: warning: batch_size 1000 is more than the 6 samples: each batch holds all\n"
+    refused(
+        "train", "--data", folder, "--batch-size", 1000, code=1, cause="UserWarning: ", env={"PYTHONWARNINGS": "error"}
+    )
 
 
 def test_a_closed_pipe_is_quiet(tmp_path, folder):
