@@ -147,8 +147,9 @@ def train(
                 callbacks=[bar],
                 seed=seed,
             )
-        except (KeyboardInterrupt, Terminated) as e:
-            _stopped(e, net, bar.run, save)
+        except Stopped as e:
+            _tell_stopped(e.word, net, bar.run, save)
+            sys.exit(e.code)
     if save is not None:
         checkpoint.save_network(net, save)
         report.tell(f"saved to {save}")
@@ -185,10 +186,9 @@ def _outputs(data: str, labels: np.ndarray) -> tuple[int, bool]:
     return max(1, int(labels[top]) + 1), True
 
 
-def _stopped(e: BaseException, net: Network, run: training.Run | None, save: Path | None) -> NoReturn:
-    """Training was interrupted or terminated: keep what there is, say so, and leave."""
+def _tell_stopped(word: str, net: Network, run: training.Run | None, save: Path | None) -> None:
+    """Training was interrupted or terminated: keep what there is, and say so."""
     step = run.step if run else 0
-    word = "terminated" if isinstance(e, Terminated) else "interrupted"
     if run and not run.whole:
         report.tell(f"{PROGRAM}: {word} in the middle of step {step + 1}; nothing saved")
     elif save is not None and step:
@@ -196,7 +196,6 @@ def _stopped(e: BaseException, net: Network, run: training.Run | None, save: Pat
         report.tell(f"{PROGRAM}: {word} after step {step}; the network of that step is saved to {save}")
     else:
         report.tell(f"{PROGRAM}: {word} after step {step}; nothing saved")
-    raise SystemExit(_EXIT_OF[word])
 
 
 @cli.command()
@@ -256,15 +255,19 @@ def _print(result: dict[str, Any], text: str, as_json: bool) -> None:
     sys.stdout.flush()
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived."""
+class Stopped(BaseException):
+    """SIGINT or SIGTERM arrived: the word for it, and the exit code."""
+
+    def __init__(self, word: str, code: int) -> None:
+        super().__init__(word, code)
+        self.word = word
+        self.code = code
 
 
-_EXIT_OF = {"interrupted": 130, "terminated": 143}
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    if number == signal.SIGINT:
+        raise Stopped("interrupted", 130)
+    raise Stopped("terminated", 143)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -274,7 +277,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a narrow terminal shows what it can
     with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, _terminate)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _stop)
     try:
         code = _run(args)
         if sys.stdout is not None:
@@ -293,10 +297,9 @@ def _run(args: Sequence[str] | None) -> int:
         return int(e.code or 0)
     except click.exceptions.Exit as e:
         return e.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted", "", _EXIT_OF["interrupted"])
-    except Terminated:
-        return _fail("terminated", "", _EXIT_OF["terminated"])
+    except Stopped as e:
+        report.tell(f"{PROGRAM}: {e.word}")
+        return e.code
     except click.UsageError as e:
         command = e.ctx.command_path if e.ctx else PROGRAM
         cause = "no command was given" if isinstance(e, click.exceptions.NoArgsIsHelpError) else e.format_message()
@@ -320,8 +323,7 @@ def _run(args: Sequence[str] | None) -> int:
 
 def _fail(cause: str, cure: str, code: int) -> int:
     report.tell(f"{PROGRAM}: error: {_one_line(cause)}")
-    if cure:
-        report.tell(f"{PROGRAM}: try: {_one_line(cure)}")
+    report.tell(f"{PROGRAM}: try: {_one_line(cure)}")
     return code
 
 

@@ -260,6 +260,19 @@ def test_signals_save_the_last_whole_step(tmp_path, number, code, word):
     assert bp.evaluate(bp.load(tmp_path / "m", "numpy"), *bp.datasets.load("mnist")[1]).accuracy > 0.5
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_signals_outside_training(number, code, word):
+    script = f"""
+import os, signal, sys
+from backprop_gpu import cli, datasets
+datasets.load = lambda data: os.kill(os.getpid(), {int(number)})
+cli.main(["train"])
+"""
+    assert run(code=code, command=[sys.executable, "-c", script]).stderr == f"backprop-gpu: {word}\n"
+
+
 def test_a_second_ctrl_c_saves_nothing_torn(tmp_path):
     """Two interrupts within one step: the network may be between two steps, so it is not saved as one."""
     script = """
