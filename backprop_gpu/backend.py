@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import functools
 import importlib
-import importlib.metadata
 import logging
 import os
 import warnings
@@ -250,6 +249,8 @@ def driver_cuda() -> int:
 
 
 def _is_installed(distribution: str) -> bool:
+    import importlib.metadata  # costs more than the rest of this package together
+
     try:
         importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:

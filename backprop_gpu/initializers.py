@@ -8,10 +8,11 @@ Drawn in float64 on the host, whatever the backend and dtype, so that a seed mea
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-Initializer = Callable[[np.random.Generator, tuple[int, int]], np.ndarray]
+Initializer = Callable[[Any, tuple[int, int]], np.ndarray]
 
 
 def _variance(kind: str, shape: tuple[int, int]) -> float:

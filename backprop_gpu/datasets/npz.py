@@ -6,15 +6,17 @@ import math
 import os
 import tokenize
 import warnings
-import zipfile
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import DataError
 from .idx import DEFLATE_LIMIT, open_regular
+
+if TYPE_CHECKING:
+    import zipfile
 
 MAX_BYTES = 1 << 32  # of one array, unpacked
 
@@ -28,6 +30,8 @@ def read_npy(path: Path, max_bytes: int = MAX_BYTES) -> np.ndarray:
 
 def read_npz(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:
     """The arrays of an .npz file, of those among x_train, y_train, x_test, y_test. Raises DataError as `read_npy`."""
+    import zipfile  # with shutil and more: only where such a file is read
+
     path = Path(path)
     arrays = {}
     with open_regular(path) as content:
@@ -47,6 +51,8 @@ def read_npz(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, np.ndarray]:
 
 def _refuse_bomb(info: zipfile.ZipInfo, size: int) -> None:
     """No member unpacks to more than its packed bytes, all within a file of `size` bytes, can hold."""
+    import zipfile
+
     most = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: DEFLATE_LIMIT}.get(info.compress_type)
     if most is None:
         raise NotImplementedError(f"{info.filename} is packed in a way that numpy does not write")
