@@ -6,7 +6,23 @@ e = 1, 2, .... Drawn on the host, the same on every backend, with no generator s
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import numpy as np
+
+from .errors import ConfigError
+
+
+def check_seed(seed: Any) -> int:
+    """A seed as an int in 0..2^64-1, else ConfigError."""
+    try:
+        value = operator.index(seed)
+    except TypeError:
+        value = -1
+    if not 0 <= value < 2**64:
+        raise ConfigError(f"seed is {seed!r}", "give an integer from 0 to 2^64 - 1")
+    return value
 
 
 def generator(seed: int, stream: int) -> np.random.Generator:

@@ -146,12 +146,12 @@ def train(
                 batch_size=batch_size,
                 callbacks=[bar],
                 seed=seed,
+                save=save,
             )
         except Stopped as e:
-            _tell_stopped(e.word, net, bar.run, save)
+            _tell_stopped(e.word, bar.run, save)
             sys.exit(e.code)
     if save is not None:
-        checkpoint.save_network(net, save)
         report.tell(f"saved to {save}")
     seconds = sum(history.seconds)
     tested = training.evaluate(net, *test_set) if test_set else None
@@ -186,13 +186,12 @@ def _outputs(data: str, labels: np.ndarray) -> tuple[int, bool]:
     return max(1, int(labels[top]) + 1), True
 
 
-def _tell_stopped(word: str, net: Network, run: training.Run | None, save: Path | None) -> None:
-    """Training was interrupted or terminated: keep what there is, and say so."""
+def _tell_stopped(word: str, run: training.Run | None, save: Path | None) -> None:
+    """Say where training was stopped and what `train` has saved."""
     step = run.step if run else 0
     if run and not run.whole:
         report.tell(f"{PROGRAM}: {word} in the middle of step {step + 1}; nothing saved")
     elif save is not None and step:
-        checkpoint.save_network(net, save)
         report.tell(f"{PROGRAM}: {word} after step {step}; the network of that step is saved to {save}")
     else:
         report.tell(f"{PROGRAM}: {word} after step {step}; nothing saved")
@@ -278,7 +277,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")  # a narrow terminal shows what it can
     with contextlib.suppress(ValueError):  # not in the main thread
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _stop)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a script
+                signal.signal(number, _stop)
     try:
         code = _run(args)
         if sys.stdout is not None:

@@ -12,13 +12,14 @@ from typing import Any
 import cupy as cp
 import cupy as xp  # the array module, under the name that code for both backends uses
 
+from . import costs
 from .activations import Activation, Array
 from .costs import Cost
 from .optimizers import Optimizer, Slots
 
 __all__ = [
-    "affine_activate", "count", "dot_targets", "gather", "gradients", "hidden_delta", "output", "output_delta",
-    "scratch", "subtract_targets", "update", "xp",
+    "affine", "affine_activate", "count", "dot_targets", "gather", "gradients", "hidden_delta", "output",
+    "output_delta", "scratch", "subtract_targets", "update", "xp",
 ]  # fmt: skip
 
 
@@ -38,11 +39,16 @@ def gather(data: Array, rows: Array | slice, out: Array) -> None:
         cp.divide(out, 255, out=out)
 
 
-def affine_activate(W: Array, A_below: Array, b: Array | None, f: Activation, Z: Array, A: Array) -> None:
-    """Z = W A_below + b, A = f(Z). Z and A may be one array; then only A is left in it."""
+def affine(W: Array, A_below: Array, b: Array | None, Z: Array) -> None:
+    """Z = W A_below + b."""
     cp.matmul(A_below, W.T, out=Z)
     if b is not None:
         cp.add(Z, b, out=Z)
+
+
+def affine_activate(W: Array, A_below: Array, b: Array | None, f: Activation, Z: Array, A: Array) -> None:
+    """Z = W A_below + b, A = f(Z). Z and A may be one array; then only A is left in it."""
+    affine(W, A_below, b, Z)
     f.value(cp, Z, A, _like(Z, 2))
 
 
@@ -53,7 +59,7 @@ def output(g: Activation, Z: Array, A: Array) -> None:
 
 def output_delta(cost: Cost, g: Activation, Z: Array, T: Array, weight: float, Delta: Array, C: Array) -> None:
     """C = C_i of each sample, (m,); Delta = weight dC_i/dZ[L]. T: labels (m,) or rows (m, K)."""
-    cost.output_delta(sys.modules[__name__], g, Z, T, Delta, C)
+    costs.output_delta(sys.modules[__name__], cost, g, Z, T, Delta, C)
     cp.multiply(Delta, weight, out=Delta)
 
 
@@ -99,7 +105,8 @@ def update(
     old = theta, *slots
     new = tuple(v.copy() for v in old)
     rule.apply(cp, new[0], gradient, new[1:], rule.coefficients(lr, t), _like(theta, 2))
-    finite = finite & cp.isfinite(new[0]).all()
+    for v in new:
+        finite = finite & cp.isfinite(v).all()
     diverged[0] = cp.where((diverged[0] == 0) & ~finite, t, diverged[0])
     live = diverged[0] == 0
     for kept, v in zip(old, new, strict=True):

@@ -56,7 +56,7 @@ class DivergenceError(BackpropGPUError, ArithmeticError):
     def __init__(self, epoch: int, step: int, learning_rate: float) -> None:
         super().__init__(
             f"training diverged in epoch {epoch}, step {step}, learning rate {learning_rate:g}: "
-            "the cost or its gradient is not finite",
+            "the cost, its gradient's squared norm or the step's outcome is not finite",
             "lower the learning rate (a third of it is a good next try), scale the inputs to about -1..1, "
             "or use the initialiser meant for the activation",
         )

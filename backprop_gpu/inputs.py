@@ -17,7 +17,7 @@ from .errors import DataError
 _CHUNK = 1 << 20  # elements looked at a time, so that a check never needs much memory
 
 
-def features(X: Any, width: int, dtype: np.dtype, check_finite: bool = True) -> Array:
+def features(X: Any, width: int, dtype: np.dtype) -> Array:
     """X as a C-contiguous (m, width) array: uint8 as it is (it means x / 255), everything else in `dtype`.
 
     X may be anything that NumPy reads as numbers: (m, width), or images (m, h, w). Integers other than uint8, booleans
@@ -40,9 +40,7 @@ def features(X: Any, width: int, dtype: np.dtype, check_finite: bool = True) -> 
             f"X has {X.shape[1]} features, the network takes {width}",
             "pass samples of that width, or build the network with layers that begin with the data's",
         )
-    return (
-        X if X.dtype == np.uint8 and X.flags.c_contiguous else _as_numbers("X", X, dtype, check_finite, keep_uint8=True)
-    )
+    return X if X.dtype == np.uint8 and X.flags.c_contiguous else _as_numbers("X", X, dtype, keep_uint8=True)
 
 
 def targets(T: Any, m: int, K: int, cost: str, dtype: np.dtype) -> Array:
@@ -69,7 +67,7 @@ def targets(T: Any, m: int, K: int, cost: str, dtype: np.dtype) -> Array:
     if T.shape != (m, K):
         cure = "pass labels as a vector: T.ravel()" if T.shape == (m, 1) else f"pass targets of shape ({m}, {K})"
         raise DataError(f"T has shape {T.shape}, the network has {K} outputs", cure)
-    T = _as_numbers("T", T, dtype, check_finite=True)
+    T = _as_numbers("T", T, dtype)
     if cost == "cross_entropy":
         total = T.sum(axis=1, dtype=np.float64)
         _refuse_rows(
@@ -118,15 +116,15 @@ def _numeric(what: str, a: Any) -> Array:
     return a
 
 
-def _as_numbers(what: str, a: Array, dtype: np.dtype, check_finite: bool, keep_uint8: bool = False) -> Array:
+def _as_numbers(what: str, a: Array, dtype: np.dtype, keep_uint8: bool = False) -> Array:
     """`a`, of two dimensions, C-contiguous in `dtype`; no copy where it is that already."""
     wanted = a.dtype if keep_uint8 and a.dtype == np.uint8 else dtype
-    if not (a.dtype == wanted and a.dtype.isnative and a.flags.c_contiguous and (is_cupy(a) or a.flags.aligned)):
+    if not (a.dtype == wanted and a.flags.c_contiguous and (is_cupy(a) or a.flags.aligned)):
         with np.errstate(over="ignore"):
             converted = a.astype(wanted, order="C")
     else:
         converted = a
-    if check_finite and a.dtype.kind == "f":
+    if a.dtype.kind == "f":
         xp = array_module(a)
         step = max(1, _CHUNK // max(1, a.shape[1]))
         for i in range(0, len(a), step):

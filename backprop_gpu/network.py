@@ -22,8 +22,8 @@ import numpy as np
 
 from . import backend as backends
 from . import inputs
-from .activations import HIDDEN, IDENTITY, OUTPUT, Activation, Array
-from .batches import generator
+from .activations import HIDDEN, OUTPUT, SOFTMAX, Activation, Array
+from .batches import check_seed, generator
 from .costs import Cost, choose_cost
 from .errors import ConfigError, lookup
 from .initializers import INITIALIZERS
@@ -36,13 +36,14 @@ CHUNK_ROWS = 1024  # samples a pass when there is no gradient to take
 
 
 def forward(ops: Any, net: Network, batch: Batch) -> None:
-    """Forward propagation: from A[0] to Z[L] (source 5, "Forward Propagation"; source 4, eqs. 2-3).
+    """Forward propagation: from A[0] to Z[L] (source 5, "Forward propagation algorithm"; source 4, eqs. 2-3).
 
-    g is left to whoever needs A[L]: the cost works from Z[L].
+    A[L] = g(Z[L]) is left to those who need it: the costs work from Z[L].
     """
-    W, b, f, Z, A = net.W, net.b, net.f, batch.Z, batch.A
-    for l in range(1, net.L + 1):
+    W, b, f, Z, A, L = net.W, net.b, net.f, batch.Z, batch.A, net.L
+    for l in range(1, L):
         ops.affine_activate(W[l], A[l - 1], b[l], f[l], Z[l], A[l])  # Z[l] = W[l] A[l-1] + b[l], A[l] = f(Z[l])
+    ops.affine(W[L], A[L - 1], b[L], Z[L])  # Z[L] = W[L] A[L-1] + b[L]
 
 
 def backward(ops: Any, net: Network, batch: Batch, T: Array, cost: Cost, gradient: Views) -> None:
@@ -95,20 +96,21 @@ class Batch:
     """The arrays of m samples on their way through the network: Z, A, Delta of each layer, and C, each sample's cost.
 
     Z[l] is A[l] itself where nobody needs Z[l] once A[l] is there: without a gradient to take, or where f' is taken
-    from A. Without a gradient to take, only the last layer has a Delta.
+    from A. Without a gradient to take, only the last layer has a Delta. There is no A[L].
     """
 
     def __init__(self, net: Network, m: int, gradient: bool, keep_Z: bool = False) -> None:
         xp, dtype = net.backend.xp, net.dtype
         self.m = m
-        self.A: list[Any] = [xp.empty((m, n), dtype) for n in net.layers]
+        L = net.L
+        self.A: list[Any] = [xp.empty((m, n), dtype) for n in net.layers[:L]]
         self.Z: list[Any] = [None] + [
-            xp.empty_like(A) if keep_Z or (gradient and f.derivative_from == "Z") else A
-            for A, f in zip(self.A[1:], net.f[1:], strict=True)
+            xp.empty_like(self.A[l]) if keep_Z or (gradient and net.f[l].derivative_from == "Z") else self.A[l]
+            for l in range(1, L)
         ]
-        self.Delta: list[Any] = [None] * net.L + [xp.empty_like(self.A[-1])]
-        if gradient:
-            self.Delta[1 : net.L] = [xp.empty_like(A) for A in self.A[1 : net.L]]
+        self.Z.append(xp.empty((m, net.layers[L]), dtype))
+        self.Delta: list[Any] = [None] + [xp.empty_like(A) if gradient else None for A in self.A[1:]]
+        self.Delta.append(xp.empty_like(self.Z[L]))
         self.C = xp.empty(m, dtype)
 
     def first(self, m: int) -> Batch:
@@ -118,7 +120,8 @@ class Batch:
         part = object.__new__(Batch)
         part.m = m
         part.A = [M[:m] for M in self.A]
-        part.Z = [None] + [A if Z is B else Z[:m] for A, Z, B in zip(part.A[1:], self.Z[1:], self.A[1:], strict=True)]
+        part.Z = [None, *(part.A[l] if self.Z[l] is self.A[l] else self.Z[l][:m] for l in range(1, len(self.A)))]
+        part.Z.append(self.Z[-1][:m])
         part.Delta = [None if M is None else M[:m] for M in self.Delta]
         part.C = self.C[:m]
         return part
@@ -159,8 +162,11 @@ class Network:
         self.hidden, self.output, self.init = hidden, output, init
         self.bias, self.precision = bool(bias), precision
         self.dtype = lookup("precision", precision, PRECISIONS)
-        f = lookup("hidden activation", hidden, HIDDEN) if hidden != "softmax" else _softmax_inside()
-        self.f: list[Any] = [None] + [f] * (self.L - 1) + [IDENTITY]
+        if hidden == SOFTMAX.name:
+            raise ConfigError(
+                "softmax acts on whole rows, so it is no hidden activation", f"use one of {', '.join(HIDDEN)}"
+            )
+        self.f: list[Any] = [None] + [lookup("hidden activation", hidden, HIDDEN)] * (self.L - 1)
         self.g: Activation = lookup("output function", output, OUTPUT)
         self.cost = choose_cost(None, output).name
         self.task = natural_task(self.g, self.layers[-1])
@@ -302,9 +308,9 @@ class Network:
             value = float(batch.C.mean(dtype=np.float64))
             page: dict[str, Sequence[Any]] = {"dW": gradient.W, "db": gradient.b}
             if keep_Z:
-                be.ops.output(self.g, batch.Z[-1], batch.A[-1])
-                Delta = [None] + [D * m for D in batch.Delta[1:]]
-                page.update(Z=batch.Z, A=batch.A, Delta=Delta)
+                outputs = be.xp.empty_like(batch.Z[-1])
+                be.ops.output(self.g, batch.Z[-1], outputs)
+                page.update(Z=batch.Z, A=[*batch.A, outputs], Delta=[None] + [D * m for D in batch.Delta[1:]])
         return {
             "cost": value,
             **{k: [None if a is None else backends.as_kind_of(X, a) for a in v] for k, v in page.items()},
@@ -345,17 +351,6 @@ def natural_task(g: Activation, K: int) -> str:
     return "regression"
 
 
-def check_seed(seed: Any) -> int:
-    """A seed as an int in 0..2^64-1, else ConfigError."""
-    try:
-        value = operator.index(seed)
-    except TypeError:
-        value = -1
-    if not 0 <= value < 2**64:
-        raise ConfigError(f"seed is {seed!r}", "give an integer from 0 to 2^64 - 1")
-    return value
-
-
 def _widths(layers: Any) -> list[int]:
     try:
         widths = [operator.index(n) for n in layers]
@@ -366,7 +361,3 @@ def _widths(layers: Any) -> list[int]:
     if sum(o * i for o, i in zip(widths[1:], widths, strict=False)) > MAX_WEIGHTS:
         raise ConfigError(f"layers is {widths}: more than {MAX_WEIGHTS} weights", "give smaller widths")
     return widths
-
-
-def _softmax_inside() -> Activation:
-    raise ConfigError("softmax acts on whole rows and is no hidden activation", f"use one of {', '.join(HIDDEN)}")

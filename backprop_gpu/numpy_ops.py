@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import numpy as xp  # the array module, under the name that code for both backends uses
 
+from . import costs
 from .activations import Activation, Array
 from .costs import Cost
 from .optimizers import Optimizer, Slots
 
 __all__ = [
-    "affine_activate", "count", "dot_targets", "gather", "gradients", "hidden_delta", "output", "output_delta",
-    "scratch", "subtract_targets", "update", "xp",
+    "affine", "affine_activate", "count", "dot_targets", "gather", "gradients", "hidden_delta", "output",
+    "output_delta", "scratch", "subtract_targets", "update", "xp",
 ]  # fmt: skip
 
 # Elements a block: of 2^13..2^18 and unblocked, best or near it for Adam on 0.4 M and 5.8 M float32 parameters (Zen 3).
@@ -57,6 +58,13 @@ def gather(data: Array, rows: Array | slice, out: Array) -> None:
         np.divide(out, 255, out=out)
 
 
+def affine(W: Array, A_below: Array, b: Array | None, Z: Array) -> None:
+    """Z = W A_below + b."""
+    np.matmul(A_below, W.T, out=Z)
+    if b is not None:
+        np.add(Z, b, out=Z)
+
+
 def affine_activate(W: Array, A_below: Array, b: Array | None, f: Activation, Z: Array, A: Array) -> None:
     """Z = W A_below + b, A = f(Z). Z and A may be one array; then only A is left in it."""
     np.matmul(A_below, W.T, out=Z)
@@ -75,7 +83,7 @@ def output(g: Activation, Z: Array, A: Array) -> None:
 
 def output_delta(cost: Cost, g: Activation, Z: Array, T: Array, weight: float, Delta: Array, C: Array) -> None:
     """C = C_i of each sample, (m,); Delta = weight dC_i/dZ[L]. T: labels (m,) or rows (m, K)."""
-    cost.output_delta(sys.modules[__name__], g, Z, T, Delta, C)
+    costs.output_delta(sys.modules[__name__], cost, g, Z, T, Delta, C)
     np.multiply(Delta, weight, out=Delta)
 
 
@@ -138,7 +146,7 @@ def update(
         size = (part.stop - i,)
         s = scratch("block 0", size, theta.dtype), scratch("block 1", size, theta.dtype)
         rule.apply(np, theta[part], gradient[part], tuple(v[part] for v in slots), c, s)
-    if risky and not np.isfinite(theta).all():
+    if risky and not all(np.isfinite(v).all() for v in (theta, *slots)):
         diverged[0] = t
         for v, old in zip((theta, *slots), before, strict=True):
             v[...] = old

@@ -162,6 +162,7 @@ class Adam(Optimizer):
     weight_decay: float = 0.0
 
     name = "adam"
+    decoupled: ClassVar[bool] = False
 
     def check(self, dtype: np.dtype[Any]) -> None:
         """ConfigError where eps' of the first step vanishes in the dtype of theta: 0 / 0 would follow."""
@@ -176,10 +177,10 @@ class Adam(Optimizer):
         return 3 if self.amsgrad else 2
 
     def coefficients(self, lr: float, t: int) -> tuple[float, ...]:
-        """decay, rate, eps' of theta decay - rate m / (sqrt(v) + eps'), the order of Kingma and Ba, section 2."""
+        """AdamW's decay; rate and eps' in rate m / (sqrt(v) + eps'), the order of Kingma and Ba, section 2."""
         beta1, beta2 = self.betas
         root = math.sqrt(1 - beta2**t)
-        return 1.0, lr * root / (1 - beta1**t), self.eps * root
+        return 1 - lr * self.weight_decay, lr * root / (1 - beta1**t), self.eps * root
 
     def apply(
         self, xp: Any, theta: Array, g: Array, slots: Slots, c: tuple[float, ...], s: tuple[Array, Array]
@@ -188,7 +189,7 @@ class Adam(Optimizer):
         m, v = slots[:2]
         decay, rate, eps = c
         beta1, beta2 = self.betas
-        if decay != 1.0:
+        if self.weight_decay and self.decoupled:
             xp.multiply(theta, decay, out=theta)
         elif self.weight_decay:
             g = _plus_decay(xp, g, self.weight_decay, theta, s[1])
@@ -220,10 +221,7 @@ class AdamW(Adam):
     weight_decay: float = 1e-2
 
     name = "adamw"
-
-    def coefficients(self, lr: float, t: int) -> tuple[float, ...]:
-        """Adam's, with the decay 1 - lr weight_decay."""
-        return 1 - lr * self.weight_decay, *super().coefficients(lr, t)[1:]
+    decoupled = True
 
 
 def _plus_decay(xp: Any, g: Array, weight_decay: float, theta: Array, out: Array) -> Array:
@@ -231,7 +229,7 @@ def _plus_decay(xp: Any, g: Array, weight_decay: float, theta: Array, out: Array
     return xp.add(g, out, out=out)
 
 
-# By name, as on the command line: a learning rate that suits MNIST-sized networks, and the rule at a learning rate.
+# By name: the learning rate where none is given, which suits MNIST-sized networks; the rule at a learning rate.
 OPTIMIZERS: dict[str, tuple[float, Callable[[float], Optimizer]]] = {
     "sgd": (0.3, SGD),
     "momentum": (0.1, lambda lr: SGD(lr, momentum=0.9)),

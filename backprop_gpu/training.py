@@ -20,12 +20,12 @@ import numpy as np
 from . import inputs
 from .activations import Array
 from .backend import to_host
-from .batches import epoch_order, steps_per_epoch
+from .batches import check_seed, epoch_order, steps_per_epoch
 from .checkpoint import check_target, save_network
 from .costs import Cost, choose_cost
 from .errors import ConfigError, DataError, DivergenceError
 from .executors import Eager
-from .network import Network, check_seed, forward_chunks, natural_task
+from .network import Network, forward_chunks, natural_task
 from .optimizers import Adam, Optimizer, choose_optimizer
 from .schedules import Schedule, choose_schedule
 
@@ -36,7 +36,7 @@ class History:
 
     `train_cost`, `train_accuracy`: means over the epoch's training steps, each step measured before its update.
     `validation_cost`, `validation_accuracy`: after the epoch. Accuracies are None for regression, validation without
-    data. `lr`: of the epoch's last step. `steps`: done so far. `seconds`: spent in training steps.
+    data. `lr`: of the epoch's last step. `steps`: done so far. `seconds`: the epoch's wall time, validation left out.
     """
 
     epoch: list[int] = field(default_factory=list)
@@ -100,17 +100,18 @@ def train(
     """Train `net` in place on X (m, N_0) and T, and return the history.
 
     X, T: see `Network.forward` and `Network.gradients`; NumPy data that fits the network's dtype (or is uint8) is used
-    where it lies, on a GPU it is copied to the device once. `cost`, `optimizer`, `schedule`: by name or as they are;
-    the schedule's factor multiplies the optimizer's lr. Each epoch visits the samples in a fresh order drawn from
-    (seed, epoch); the last, smaller batch is kept, its mean taken over its own size. A batch_size above the number of
-    samples means all of them, with a warning unless it is the default. A second call starts with fresh slots.
+    where it lies, on a GPU it is copied to the device once. `cost`, `optimizer`, `schedule`: as they are, or by name,
+    an optimizer then at the learning rate of `optimizers.OPTIMIZERS`. The schedule's factor multiplies the optimizer's
+    lr. Each epoch visits the samples in a fresh order drawn from (seed, epoch); the last, smaller batch is kept, its
+    mean taken over its own size. A batch_size above the number of samples means all of them, with a warning unless it
+    is the default. A second call starts with fresh slots.
 
     `callbacks`: functions called with the `Run` after every epoch, or objects whose method `on_step` is called with it
-    after every step; an object may be both. `save`: where to write the network when training is over.
+    after every step; an object may be both. `save`: where to write the network when training is over or stopped.
 
     Ctrl-C ends training after the step it falls into, raising KeyboardInterrupt with the network at that whole step; a
-    second Ctrl-C does not wait. Raises DataError, ConfigError; DivergenceError when cost or gradient are not finite,
-    with the network as it was before that step; CheckpointError when `save` cannot be written.
+    second Ctrl-C does not wait. Raises DataError, ConfigError; DivergenceError when the cost, the gradient or the
+    outcome of a step is not finite, with the network as it was before it; CheckpointError when `save` cannot be written.
     """
     chosen = choose_cost(cost, net.output)
     rule, factor = choose_optimizer(optimizer), choose_schedule(schedule)
@@ -130,7 +131,7 @@ def train(
     steps = steps_per_epoch(n, batch_size)
     run = Run(net, epochs, steps, history)
     on_step, on_epoch = _hooks(callbacks)
-    with _alone(net), be.active(), _WholeSteps() as whole_steps:
+    with _saved_if_stopped(run, save), _alone(net), be.active(), _WholeSteps() as whole_steps:
         executor = Eager(net, chosen, task, rule, be.asarray(data), be.asarray(wanted), batch_size)
         if held_out is not None:
             held_out = be.asarray(held_out[0]), be.asarray(held_out[1]), held_out[2]
@@ -252,6 +253,19 @@ def _hooks(callbacks: Any) -> tuple[list[Callback], list[Callback]]:
             "give a list of functions of the run, or of objects with a method on_step(run)",
         )
     return [c.on_step for c in callbacks if hasattr(c, "on_step")], [c for c in callbacks if callable(c)]
+
+
+@contextlib.contextmanager
+def _saved_if_stopped(run: Run, save: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Save the last whole step where the run is stopped from outside: by Ctrl-C, or a signal the program treats so."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        if save is not None and run.step and run.whole:
+            save_network(run.net, save)
+        raise
 
 
 _in_training: set[int] = set()

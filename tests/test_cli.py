@@ -10,11 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import fake_cupy
 import numpy as np
 import pytest
 from test_datasets import idx, write_idx_directory
 
 import backprop_gpu as bp
+from backprop_gpu import backend, cli, report
+from backprop_gpu.optimizers import OPTIMIZERS
 
 COMMAND = [sys.executable, "-m", "backprop_gpu"]
 
@@ -145,6 +148,40 @@ def test_doctor():
     told = last_json(run("doctor", "--json", env={"BACKPROP_GPU_BACKEND": "numpy"}))
     assert told["reason"] == "NumPy was asked for"
     assert told["environment"]["BACKPROP_GPU_BACKEND"] == "numpy"
+
+
+def test_doctor_with_a_gpu():
+    """On the stand-in for CuPy: what a machine with a GPU is told."""
+    with fake_cupy.installed():
+        found = report.doctor(backend.choose("auto"))
+    assert (found["backend"], found["device"], found["cure"]) == ("cupy", "Fake GPU", None)
+    assert found["versions"]["cuda_runtime"] == "13.0"
+    assert "driver" in report.doctor_text(found)
+
+
+def test_doctor_knows_openblas():
+    b = report.blas()
+    if "openblas" not in b["name"]:
+        pytest.skip(f"NumPy's BLAS is {b['name']}")
+    assert b["core"]
+    assert b["threads"] >= 1
+
+
+def test_defaults_are_the_recipe_of_the_readme():
+    defaults = {p.name: p.default for p in cli.train.params}
+    assert defaults["data"] == "mnist"
+    assert (defaults["optimizer"], OPTIMIZERS["adam"][0], defaults["schedule"]) == ("adam", 2e-3, "cosine")
+    assert (defaults["epochs"], defaults["batch_size"], defaults["seed"]) == (10, 128, 0)
+    assert (defaults["activation"], defaults["init"], defaults["precision"]) == ("relu", "he", "float32")
+
+
+@pytest.mark.slow
+def test_the_default_run_reaches_98_percent():
+    result = last_json(run("train", "--json"))
+    assert result["layers"] == [784, 512, 10]
+    assert result["parameters"] == 407_050
+    assert result["test_accuracy"] >= 0.98
+    assert result["samples_per_second"] == pytest.approx(600_000 / result["train_seconds"])
 
 
 def test_help_and_version():

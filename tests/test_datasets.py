@@ -37,6 +37,22 @@ def test_mnist(mnist):
     assert (MNIST / "NOTICE").is_file()
 
 
+@pytest.mark.parametrize("odd", ["images", "labels"])
+def test_mnist_is_known_by_its_digests(tmp_path, monkeypatch, odd):
+    """Sound files of the right shape, but not MNIST: refused as "mnist", read as a directory."""
+    for name in (p.name for p in MNIST.glob("*.gz")):
+        (tmp_path / name).symlink_to(MNIST / name)
+    name = f"t10k-{odd}-idx{3 if odd == 'images' else 1}-ubyte.gz"
+    content = bytearray(gzip.decompress((MNIST / name).read_bytes()))
+    content[-1] ^= 1
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(gzip.compress(content, 1))
+    assert len(bp.datasets.load(tmp_path)[1].labels) == 10_000
+    monkeypatch.setattr(bp.datasets, "MNIST", tmp_path)
+    with pytest.raises(bp.DataError, match="is not the file it should be"):
+        bp.datasets.load("mnist")
+
+
 @pytest.mark.parametrize("content", [SOUND, PACKED], ids=["plain", "gzip"])
 def test_a_sound_file(tmp_path, content):
     (tmp_path / "x").write_bytes(content)

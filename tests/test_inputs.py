@@ -86,6 +86,14 @@ def test_targets_refused(net, bad, words):
         np.testing.assert_array_equal(to_host(net.theta), before)
 
 
+def test_how_far_from_1_probabilities_may_sum():
+    net = bp.Network([4, 3], backend="numpy")
+    near = np.full((6, 3), 1 / 3) * (1 + 0.9e-3)
+    net.gradients(X, near)
+    with pytest.raises(bp.DataError, match="not a probability distribution"):
+        net.gradients(X, near * (1 + 0.3e-3))
+
+
 def test_masked_values_are_refused():
     net = bp.Network([4, 3], backend="numpy")
     masked_X, masked_T = np.ma.masked_array(X), np.ma.masked_array(T)

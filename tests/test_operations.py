@@ -145,7 +145,9 @@ def test_gradients(backend, rng, dtype, m, n):
     [
         ("labels", "softmax", [[1, 2, 0], [3, 1, 1], [0, 0, 5]], [1, 2, 2], 2),
         ("labels", "identity", [[1, 2, 0], [3, 1, 1]], [[0, 1, 0], [0, 0, 1]], 1),
-        ("labels", "gelu", [[-3.0, -0.7], [-0.7, -3.0]], [0, 0], 1),  # gelu(-3) > gelu(-0.7): not by the larger z
+        ("labels", "gelu", [[-3.0, -0.7], [-0.7, -3.0]], [0, 1], 2),  # gelu(-3) > gelu(-0.7): not by the larger z
+        ("labels", "swish", [[-9.0, -1.0], [-1.0, -9.0]], [0, 1], 2),
+        ("labels", "relu", [[-9.0, -1.0], [-1.0, -9.0]], [0, 0], 2),  # a tie at 0: the first
         ("binary", "sigmoid", [[0.1], [-0.1], [2]], [[1], [1], [0]], 1),
         ("multilabel", "sigmoid", [[1, -1], [1, 1], [-1, -1]], [[1, 0], [1, 0], [0, 0]], 2),
         ("regression", "identity", [[1.0], [2.0]], [[1.0], [2.0]], 0),
@@ -177,9 +179,40 @@ def test_update_keeps_everything_from_the_first_step_that_is_not_finite(backend,
         assert int(diverged[0]) == 3
         fine = device(backend, rng.normal(size=n).astype(dtype), np.array([1.0, 0.0]))
         backend.ops.update(rule, d_theta, fine[0], tuple(d_slots), 0.1, 4, fine[1], diverged)
+        backend.ops.update(rule, d_theta, d_g, tuple(d_slots), 0.1, 5, d_measured, diverged)  # the first stays told
     assert int(diverged[0]) == 3
     for kept, old in zip((d_theta, *d_slots), (theta, *slots), strict=True):
         np.testing.assert_array_equal(to_host(kept), old)
+
+
+@pytest.mark.parametrize(
+    ("rule", "lr"),
+    [(SGD(1e39, momentum=0.9), 1e39), (Adam(1e39), 1e39), (Adam(1e-3, weight_decay=1e25), 1e-3), (AdamW(1e39), 1e39)],
+    ids=repr,
+)
+def test_update_undoes_a_step_that_leaves_the_finite_numbers(backend, rng, rule, lr):
+    """In float32, cost and gradient finite; theta or only a slot is not afterwards. Nothing of it stays."""
+    n = 100
+    theta, *slots = (abs(rng.normal(size=n)).astype(np.float32) for _ in range(1 + rule.slots))
+    d_theta, g, measured, *d_slots = device(backend, theta, np.ones(n, np.float32), np.zeros(2), *slots)
+    diverged = backend.xp.zeros(1, np.int64)
+    with np.errstate(all="ignore"):
+        backend.ops.update(rule, d_theta, g, tuple(d_slots), lr, 7, measured, diverged)
+    assert int(diverged[0]) == 7
+    for kept, old in zip((d_theta, *d_slots), (theta, *slots), strict=True):
+        np.testing.assert_array_equal(to_host(kept), old)
+
+
+def test_binary_cross_entropy_keeps_its_digits(backend, rng):
+    """A hundred logits near 1000, each right: large terms that all but cancel, in float32."""
+    Z = (1000 + rng.normal(size=(1, 100))).astype(np.float32)
+    Z[0, 0] = -0.3
+    Delta, C = backend.xp.empty(Z.shape, np.float32), backend.xp.empty(1, np.float32)
+    backend.ops.output_delta(
+        COSTS["binary_cross_entropy"], OUTPUT["sigmoid"], *device(backend, Z, np.ones_like(Z)), 1.0, Delta, C
+    )
+    wanted = formulas.cost("binary_cross_entropy", "sigmoid", Z[0].tolist(), [1.0] * 100)
+    np.testing.assert_allclose(to_host(C), wanted, rtol=1e-6)
 
 
 def test_update_in_blocks_is_update_in_one(monkeypatch, rng):
@@ -196,14 +229,24 @@ def test_update_in_blocks_is_update_in_one(monkeypatch, rng):
 
 
 def test_row_blocks_give_what_one_block_gives(monkeypatch, rng):
-    Z = rng.normal(size=(33, 31))
-    whole, cut = np.empty_like(Z), np.empty_like(Z)
-    for g in OUTPUT.values():
-        numpy_ops.output(g, Z, whole)
-        with monkeypatch.context() as patch:
-            patch.setattr(numpy_ops, "BLOCK", 100)
-            numpy_ops.output(g, Z, cut)
-        np.testing.assert_array_equal(whole, cut)
+    Z, W, b = rng.normal(size=(33, 31)), rng.normal(size=(31, 31)), rng.normal(size=31)
+    A, Delta = rng.normal(size=(33, 31)), rng.normal(size=(33, 31))
+
+    def everything():
+        results = []
+        for g in OUTPUT.values():
+            results.append(np.empty_like(Z))
+            numpy_ops.output(g, Z, results[-1])
+        for f in HIDDEN.values():
+            results += [np.empty_like(Z) for _ in range(3)]
+            numpy_ops.affine_activate(W, A, b, f, results[-3], results[-2])
+            numpy_ops.hidden_delta(W, Delta, f, Z, A, results[-1])
+        return results
+
+    whole = everything()
+    monkeypatch.setattr(numpy_ops, "BLOCK", 100)
+    for one, cut in zip(whole, everything(), strict=True):
+        np.testing.assert_array_equal(one, cut)
 
 
 def test_identity_in_place_is_the_affine_map(backend):

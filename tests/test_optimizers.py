@@ -12,27 +12,31 @@ from backprop_gpu.optimizers import OPTIMIZERS, choose_optimizer
 from backprop_gpu.schedules import SCHEDULES, choose_schedule
 
 
+def rates(lr, grads):
+    return lr if isinstance(lr, list) else [lr] * len(grads)
+
+
 def sgd(theta, grads, lr, momentum=0.0, nesterov=False, weight_decay=0.0):
     v = 0.0
-    for g in grads:
+    for g, rate in zip(grads, rates(lr, grads), strict=True):
         g = g + weight_decay * theta
         v = momentum * v + g
-        theta = theta - lr * (g + momentum * v if nesterov else v)
+        theta = theta - rate * (g + momentum * v if nesterov else v)
     return theta
 
 
 def adam(theta, grads, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, amsgrad=False, weight_decay=0.0, decoupled=False):
     m = v = v_max = 0.0
-    for t, g in enumerate(grads, 1):
+    for t, (g, rate) in enumerate(zip(grads, rates(lr, grads), strict=True), 1):
         if decoupled:
-            theta = theta - lr * weight_decay * theta
+            theta = theta - rate * weight_decay * theta
         else:
             g = g + weight_decay * theta
         m = betas[0] * m + (1 - betas[0]) * g
         v = betas[1] * v + (1 - betas[1]) * g * g
         v_max = max(v_max, v) if amsgrad else v
         m_hat, v_hat = m / (1 - betas[0] ** t), v_max / (1 - betas[1] ** t)
-        theta = theta - lr * m_hat / (math.sqrt(v_hat) + eps)
+        theta = theta - rate * m_hat / (math.sqrt(v_hat) + eps)
     return theta
 
 
@@ -78,6 +82,20 @@ def test_ten_steps(backend, rng, rule, literal, settings, dtype):
     np.testing.assert_allclose(
         to_host(theta), wanted, rtol=1e-12 if dtype == np.float64 else 1e-5, atol=1e-12 if dtype == np.float64 else 1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("rule", "literal", "settings"), RULES, ids=lambda x: repr(x) if isinstance(x, SGD | Adam) else ""
+)
+def test_a_learning_rate_that_varies_from_step_to_step_and_starts_at_zero(backend, rng, rule, literal, settings):
+    """Warm-up from 0, as a schedule gives it: the rate that counts is the step's, in the decay too."""
+    n, lrs = 9, [0.0, 0.05, 0.2, 0.1]
+    start, grads = rng.normal(size=n), rng.normal(size=(len(lrs), n))
+    theta, slots = backend.asarray(start.copy()), tuple(backend.zeros(n, np.dtype(float)) for _ in range(rule.slots))
+    for t, (g, lr) in enumerate(zip(grads, lrs, strict=True), 1):
+        backend.ops.update(rule, theta, backend.asarray(g), slots, lr, t, backend.xp.zeros(2), backend.xp.zeros(1, int))
+    wanted = [literal(float(p), grads[:, i].tolist(), **{**settings, "lr": lrs}) for i, p in enumerate(start)]
+    np.testing.assert_allclose(to_host(theta), wanted, rtol=1e-12)
 
 
 def test_zero_gradients_leave_padding_at_zero():

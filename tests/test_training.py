@@ -4,6 +4,7 @@ import copy
 import os
 import signal
 import threading
+import time
 
 import fake_cupy
 import numpy as np
@@ -13,6 +14,7 @@ import backprop_gpu as bp
 from backprop_gpu.backend import to_host
 from backprop_gpu.batches import epoch_order, steps_per_epoch
 from backprop_gpu.executors import Eager
+from backprop_gpu.network import Batch
 from backprop_gpu.schedules import cosine
 
 
@@ -119,6 +121,37 @@ def test_regression_has_no_accuracy(blobs):
     assert bp.evaluate(net, X, X).accuracy is None
     sigmoid = bp.Network([4, 8, 1], output="sigmoid", backend="numpy")
     assert bp.evaluate(sigmoid, X, np.full(101, 0.3)).accuracy is None
+
+
+def test_the_cost_that_trained_is_the_cost_that_counts(blobs, tmp_path):
+    X, T = blobs
+    net = bp.Network([4, 3], precision="float64", backend="numpy")
+    bp.train(net, X, T, cost="squared_error", epochs=1, save=tmp_path / "m")
+    assert net.cost == "squared_error"
+    wanted = net.gradients(X, T, cost="squared_error")["cost"]
+    for same in (net, bp.load(tmp_path / "m", "numpy")):
+        assert bp.evaluate(same, X, T).cost == pytest.approx(wanted, rel=1e-12)
+    assert bp.evaluate(net, X, T, cost="cross_entropy").cost == pytest.approx(net.gradients(X, T)["cost"], rel=1e-12)
+
+
+def test_history_tells_the_last_lr_and_the_seconds_of_each_epoch(blobs):
+    X, T = blobs
+    start = time.perf_counter()
+    history = bp.train(
+        bp.Network([4, 3], backend="numpy"), X, T, optimizer=bp.SGD(0.5), schedule="cosine", epochs=3, batch_size=51
+    )
+    assert history.lr == [0.5 * cosine(step, 6) for step in (1, 3, 5)]
+    assert 0 < sum(history.seconds) < time.perf_counter() - start
+
+
+def test_memory_of_a_step_is_shared_where_it_can_be():
+    """Where f' is taken from A, Z[l] is A[l]; only a function that needs Z keeps it."""
+    for hidden, own in (("relu", False), ("elu", False), ("gelu", True), ("swish", True)):
+        batch = Batch(bp.Network([4, 5, 6, 3], hidden=hidden, backend="numpy"), 8, gradient=True)
+        for b in (batch, batch.first(3)):
+            assert [b.Z[l] is not b.A[l] for l in (1, 2)] == [own, own]
+        assert len(batch.A) == 3
+        assert [D.shape for D in batch.Delta[1:]] == [(8, 5), (8, 6), (8, 3)]
 
 
 def test_evaluate_over_several_chunks(backend, rng):
@@ -336,6 +369,20 @@ def test_ctrl_c_waits_for_the_whole_step(blobs, monkeypatch, when):
     assert len(keep.thetas) == 4
     np.testing.assert_array_equal(net.theta, keep.thetas[3])
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_stopped_run_is_saved(blobs, tmp_path):
+    X, T = blobs
+
+    class Stop:
+        def on_step(self, run):
+            if run.step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    net = bp.Network([4, 3], backend="numpy")
+    with pytest.raises(KeyboardInterrupt):
+        bp.train(net, X, T, batch_size=10, callbacks=[Stop()], save=tmp_path / "m")
+    np.testing.assert_array_equal(bp.load(tmp_path / "m", "numpy").theta, net.theta)
 
 
 def test_a_second_ctrl_c_does_not_wait(blobs, monkeypatch):
