@@ -70,7 +70,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 on_backend = click.option("--backend", "where", type=Name("backend", BACKENDS), default="auto", show_default=True)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name=PROGRAM)
 def cli() -> None:
     """Train multilayer perceptrons by backpropagation: on a CUDA GPU with CuPy, on NumPy everywhere else."""
@@ -248,8 +248,6 @@ def _row(cell: Any) -> list[Any]:
 
 
 def _print(result: dict[str, Any], text: str, as_json: bool) -> None:
-    if sys.stdout is None:
-        return
     print(json.dumps(report.plain(result), allow_nan=False) if as_json else text)
     sys.stdout.flush()
 
@@ -272,8 +270,10 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line on `args` (None: the program's own) and exit."""
     warnings.showwarning = report.warn  # type: ignore[assignment]
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a narrow terminal shows what it can
     with contextlib.suppress(ValueError):  # not in the main thread
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -281,8 +281,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
                 signal.signal(number, _stop)
     try:
         code = _run(args)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError as e:  # of stdout: what goes wrong with files is a BackpropGPUError
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 1 if isinstance(e, BrokenPipeError) else _fail(f"stdout: {e.strerror or e}", "free some space", 1)
@@ -302,8 +301,7 @@ def _run(args: Sequence[str] | None) -> int:
         return e.code
     except click.UsageError as e:
         command = e.ctx.command_path if e.ctx else PROGRAM
-        cause = "no command was given" if isinstance(e, click.exceptions.NoArgsIsHelpError) else e.format_message()
-        return _fail(cause, f"see {command} --help", 2)
+        return _fail(e.format_message(), f"see {command} --help", 2)
     except ConfigError as e:
         return _fail(e.cause, e.cure, 2)
     except BackpropGPUError as e:

@@ -44,11 +44,13 @@ class ProgressBar:
         self.run: Run | None = None
 
     def __enter__(self) -> ProgressBar:
-        self._progress.start()
+        if not self._progress.disable:
+            self._progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
-        self._progress.stop()
+        if not self._progress.disable:
+            self._progress.stop()
 
     def on_step(self, run: Run) -> None:
         """After each step; drawn a few times a second at most."""
@@ -179,10 +181,9 @@ def plain(value: Any) -> Any:
 
 
 def tell(line: str) -> None:
-    """A line on stderr; nothing where that is closed."""
-    if sys.stderr is not None:  # print would take stdout instead
-        with contextlib.suppress(OSError):
-            print(line, file=sys.stderr)
+    """A line on stderr, if anybody hears it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
 
 
 def warn(message: Any, *_: Any) -> None:

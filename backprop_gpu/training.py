@@ -111,7 +111,8 @@ def train(
 
     Ctrl-C ends training after the step it falls into, raising KeyboardInterrupt with the network at that whole step; a
     second Ctrl-C does not wait. Raises DataError, ConfigError; DivergenceError when the cost, the gradient or the
-    outcome of a step is not finite, with the network as it was before it; CheckpointError when `save` cannot be written.
+    outcome of a step is not finite, with the network as it was before it; CheckpointError when `save` cannot be
+    written.
     """
     chosen = choose_cost(cost, net.output)
     rule, factor = choose_optimizer(optimizer), choose_schedule(schedule)

@@ -388,7 +388,7 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path):
 
 
 def test_no_command():
-    refused(code=2, cause="no command was given")
+    refused(code=2, cause="Missing command")
 
 
 @pytest.mark.parametrize(("variable", "value"), [("BACKPROP_GPU_BACKEND", "bogus"), ("BACKPROP_GPU_DEVICE", "x")])
