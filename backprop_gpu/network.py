@@ -25,7 +25,7 @@ from . import inputs
 from .activations import HIDDEN, OUTPUT, SOFTMAX, Activation, Array
 from .batches import check_seed, generator
 from .costs import Cost, choose_cost
-from .errors import ConfigError, lookup
+from .errors import ConfigError, DataError, lookup
 from .initializers import INITIALIZERS
 
 PRECISIONS: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
@@ -51,11 +51,11 @@ def backward(ops: Any, net: Network, batch: Batch, T: Array, cost: Cost, gradien
 
     The factor 1/m is folded into Delta[L], once, so that dW and db need none.
     """
-    W, f, Z, A, Delta = net.W, net.f, batch.Z, batch.A, batch.Delta
-    L, m = net.L, batch.m
+    W, f, Z, A, Delta, L, m = net.W, net.f, batch.Z, batch.A, batch.Delta, net.L, batch.m
+    dW, db = gradient.W, gradient.b
     ops.output_delta(cost, net.g, Z[L], T, 1 / m, Delta[L], batch.C)  # Delta[L] = dC_i/dZ[L] / m
     for l in range(L, 0, -1):
-        ops.gradients(Delta[l], A[l - 1], gradient.W[l], gradient.b[l])  # dW[l] = Delta[l] A[l-1]^T, db[l] = Delta[l] 1
+        ops.gradients(Delta[l], A[l - 1], dW[l], db[l])  # dW[l] = Delta[l] A[l-1]^T, db[l] = Delta[l] 1
         if l > 1:  # Delta[l-1] = f'(Z[l-1]) ⊙ (W[l]^T Delta[l])
             ops.hidden_delta(W[l], Delta[l], f[l - 1], Z[l - 1], A[l - 1], Delta[l - 1])
 
@@ -255,11 +255,17 @@ class Network:
 
         "labels": the class of the largest output, (m,) integers. "binary" (sigmoid, K = 1): the class, 1 where the
         output is above 0.5, (m,). "multilabel" (sigmoid, K > 1): a row of 0 and 1, (m, K). "regression": the outputs,
-        (m, K).
+        (m, K). Raises DataError as `forward`, and where outputs to decide by are not finite.
         """
         if self.task == "regression":
             return self.forward(X)
         scores = self._scores(X, output=not self.g.increasing)
+        bad = ~backends.array_module(scores).isfinite(scores).all(axis=1)
+        if bool(bad.any()):
+            raise DataError(
+                f"the outputs are not finite at row {int(bad.argmax())}",
+                "scale X to about -1..1, or look at the parameters",
+            )
         if self.task == "labels":
             return scores.argmax(axis=1)
         classes = (scores > 0).astype(np.intp)

@@ -222,6 +222,13 @@ def test_labels_are_predicted_from_the_outputs_where_z_would_mislead(backend):
     assert bp.evaluate(net, X, [0, 1]).accuracy == 1
 
 
+def test_outputs_that_are_not_finite_decide_nothing(backend):
+    net = bp.Network([2, 3], backend=backend.name)
+    net.theta[...] = 1e30
+    with pytest.raises(bp.DataError, match="the outputs are not finite at row 1"):
+        net.predict([[0.0, 0.0], [1e30, 1e30]])
+
+
 GOLDEN_W = [
     [0.13006420335137792, -1.4486188611558253, 1.083092416117546],
     [0.9837225091462339, -0.031928047230561495, -0.42410408007077016],
