@@ -199,7 +199,8 @@ def _no_import(e: Exception) -> _Unusable:
             _one_wheel() if len(installed) > 1 else f"pip install --force-reinstall --no-deps {installed[0]}",
         )
     if absent or isinstance(e, AttributeError):
-        return _Unusable("CuPy is not installed", f"pip install {_wheel()}", installed=False)
+        there = "" if driver_cuda() else "this machine has no NVIDIA driver; on one that has: "
+        return _Unusable("CuPy is not installed", f"{there}pip install {_wheel()}", installed=False)
     if "numpy" in str(e).lower():
         return _Unusable(f"CuPy does not import: {_line(e)}", "pip install -U numpy")
     return _Unusable(f"CuPy does not import: {_line(e)}", f"pip install --force-reinstall {_wheel()}")

@@ -264,6 +264,17 @@ def test_the_wheel_that_fits_the_driver(monkeypatch):
     assert backends._wheel() == "'cupy-cuda12x[ctk]'"
 
 
+def test_cupy_absent_is_told_by_what_the_machine_has(no_cupy, monkeypatch):
+    no_cupy(ABSENT)
+    for driver, cure in (
+        (0, "this machine has no NVIDIA driver; on one that has: pip"),
+        (13000, "pip install 'cupy-cuda13x"),
+    ):
+        monkeypatch.setattr(backends, "driver_cuda", lambda driver=driver: driver)
+        backends._probe.cache_clear()
+        assert backends.choose("auto").cure.startswith(cure)
+
+
 def test_zeros_start_at_64_bytes():
     backend = backends.choose("numpy")
     for n in (1, 7, 1000):
