@@ -7,7 +7,7 @@ from pathlib import Path
 OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space", "--ptxas-options=-v")  # as CuPy's, and -v
 
 
-def library():
+def load():
     """The NVRTC of the nvidia-cuda-nvrtc-cu12 wheel, or None where that is not installed."""
     spec = importlib.util.find_spec("nvidia.cuda_nvrtc") if importlib.util.find_spec("nvidia") else None
     found = sorted(Path(place).glob("lib/libnvrtc.so.1?") for place in spec.submodule_search_locations) if spec else []

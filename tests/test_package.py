@@ -108,7 +108,7 @@ def test_kernels_are_found_in_this_installation():
 
 @pytest.mark.parametrize("arch", [70, 80, 90, 100, 120])
 def test_every_kernel_compiles(arch):
-    library = nvrtc.library()
+    library = nvrtc.load()
     if library is None:
         if sys.platform == "linux" and platform.machine() == "x86_64" and os.environ.get("CI") == "true":
             pytest.fail("the NVRTC wheel is not installed: pip install the extra test")
@@ -122,7 +122,7 @@ def test_every_kernel_compiles(arch):
 
 
 def test_a_broken_kernel_does_not_compile():
-    library = nvrtc.library()
+    library = nvrtc.load()
     if library is None:
         pytest.skip("the NVRTC wheel is not installed")
     compiled, log = nvrtc.compile_for(library, "__global__ void k(int* x) { x[0] = y; }", "k.cu", 80)
