@@ -120,12 +120,11 @@ def train(
     if save is not None:
         checkpoint.check_target(save)
     train_set, test_set = datasets.load(data)
-    outputs, are_labels = _outputs(data, train_set.labels)
-    output = output or ("softmax" if are_labels else "identity")
+    are_labels = train_set.labels.ndim == 1 and train_set.labels.dtype.kind != "f"
     net = Network(
-        layers or [train_set.images.shape[1], 512, outputs],
+        layers or [train_set.images.shape[1], 512, _outputs(data, train_set.labels, are_labels)],
         hidden=activation,
-        output=output,
+        output=output or ("softmax" if are_labels else "identity"),
         init=init,
         bias=bias,
         precision=precision,
@@ -174,16 +173,16 @@ def train(
     _print(result, report.summary(result, net.backend.reason), as_json)
 
 
-def _outputs(data: str, labels: np.ndarray) -> tuple[int, bool]:
-    """How many outputs the targets of a dataset call for, and whether they are labels."""
-    if labels.ndim > 1 or labels.dtype.kind == "f":
-        return math.prod(labels.shape[1:]), False
+def _outputs(data: str, labels: np.ndarray, are_labels: bool) -> int:
+    """How many outputs the targets of a dataset call for."""
+    if not are_labels:
+        return math.prod(labels.shape[1:])
     top = int(labels.argmax())
     if int(labels[top]) >= MOST_CLASSES:
         raise DataError(
             f"{data}: label {int(labels[top])} at row {top}", f"number the classes from 0 to {MOST_CLASSES - 1} at most"
         )
-    return max(1, int(labels[top]) + 1), True
+    return max(1, int(labels[top]) + 1)
 
 
 def _tell_stopped(word: str, run: training.Run | None, save: Path | None) -> None:

@@ -146,10 +146,11 @@ def train(
                 rows = order[i * batch_size : (i + 1) * batch_size]
                 run.whole = False
                 applied = executor.step(rows, lr, run.step + 1, measured[i])
+                if applied:
+                    run.step, run.lr = run.step + 1, lr
                 run.whole = True
                 if not applied:
                     break
-                run.step, run.lr = run.step + 1, lr
                 for call in on_step:
                     _call(call, run)
                 whole_steps.deliver()
@@ -319,6 +320,7 @@ class _WholeSteps:
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
         if self._waiting is not None:
+            self._waiting = None
             self._handlers[number](number, frame)
         self._waiting = number
 
@@ -328,8 +330,7 @@ class _WholeSteps:
             number, self._waiting = self._waiting, None
             self._handlers[number](number, None)
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, *raised: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if kind is None:
-            self.deliver()
+        self.deliver()

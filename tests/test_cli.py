@@ -383,6 +383,14 @@ def test_a_label_far_out_is_bad_data(tmp_path):
         refused("train", "--data", tmp_path / "d.npz", code=1, cause=f"label {label} at row 2")
 
 
+def test_many_classes_are_fine_where_the_layers_say_so(tmp_path):
+    np.savez(tmp_path / "d.npz", x_train=np.ones((3, 2)), y_train=np.array([0, 1, 70_000]))
+    assert (
+        last_json(run("train", "--data", tmp_path / "d.npz", "--layers", "2-70001", "--epochs", 1, "--json"))["steps"]
+        == 1
+    )
+
+
 def test_control_characters_do_not_reach_the_terminal(tmp_path):
     refused("train", "--data", "a\nb\x1b[31m.npz", code=1, cause=r"a\nb\x1b[31m.npz", cwd=tmp_path)
 

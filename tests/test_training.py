@@ -385,6 +385,18 @@ def test_a_stopped_run_is_saved(blobs, tmp_path):
     np.testing.assert_array_equal(bp.load(tmp_path / "m", "numpy").theta, net.theta)
 
 
+def test_ctrl_c_is_not_lost_when_a_callback_fails(blobs):
+    X, T = blobs
+
+    def fails(run):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise KeyError("oh")
+
+    with pytest.raises(KeyboardInterrupt) as e:
+        bp.train(bp.Network([4, 3], backend="numpy"), X, T, epochs=1, callbacks=[fails])
+    assert isinstance(e.value.__context__, KeyError)
+
+
 def test_a_second_ctrl_c_does_not_wait(blobs, monkeypatch):
     from backprop_gpu import numpy_ops
 
