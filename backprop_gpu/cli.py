@@ -117,8 +117,6 @@ def train(
 ) -> None:
     """Train a network and measure it on the test data."""
     rule = choose_optimizer(optimizer, lr)
-    if save is not None:
-        checkpoint.check_target(save)
     train_set, test_set = datasets.load(data)
     are_labels = train_set.labels.ndim == 1 and train_set.labels.dtype.kind != "f"
     net = Network(
@@ -326,4 +324,4 @@ def _fail(cause: str, cure: str, code: int) -> int:
 
 def _one_line(text: str) -> str:
     """`text` without what would break the line or drive the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split(" ")))
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -6,8 +6,8 @@ that are never formed, or rows (m, K) in the dtype of Z.
 
 For the canonical pairs, softmax with cross-entropy and sigmoid with binary cross-entropy, Delta[L] = A[L] - T
 (source 5, "Quick recap"), and the cost is computed from Z so that nothing under- or overflows. Every other pair goes
-through g'(Z) (source 3: delta^L = sigma'(z^L) ⊙ grad C; source 4, eq. 32), or through softmax's full Jacobian (ERRATA
-of source 3).
+through g'(Z) (source 3: delta^L = sigma'(z^L) ⊙ grad C; source 4, eq. 32), or, where that elementwise form does not
+hold, through softmax's full Jacobian.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from .errors import ConfigError, lookup
 class Cost(NamedTuple):
     """One cost; `outputs` names the output functions it is legal with, None meaning any.
 
-    `from_Z(ops, Z, T, Delta, C)` writes C_i and dC_i/dZ of the canonical pair. A cost that is legal with any output has
-    `from_Y(ops, Y, T, G, C)` instead, which writes C_i and G = dC_i/dY.
+    `from_Z(ops, Z, T, Delta, C, s)` writes C_i and dC_i/dZ of the canonical pair. A cost that is legal with any output
+    has `from_Y(ops, Y, T, G, C, s)` instead, which writes C_i and G = dC_i/dY. `s` is scratch of the shape of Z.
     """
 
     name: str
     outputs: tuple[str, ...] | None
-    from_Z: Callable[[Any, Array, Array, Array, Array], None] | None = None
-    from_Y: Callable[[Any, Array, Array, Array, Array], None] | None = None
+    from_Z: Callable[[Any, Array, Array, Array, Array, Array], None] | None = None
+    from_Y: Callable[[Any, Array, Array, Array, Array, Array], None] | None = None
 
 
 def output_delta(ops: Any, cost: Cost, g: Activation, Z: Array, T: Array, Delta: Array, C: Array) -> None:
     """C_i into C, dC_i/dZ[L] into Delta."""
+    xp = ops.xp
+    s = ops.scratch("cost 0", Z.shape, Z.dtype), ops.scratch("cost 1", Z.shape, Z.dtype)
     if cost.from_Z is not None:
-        cost.from_Z(ops, Z, T, Delta, C)
+        cost.from_Z(ops, Z, T, Delta, C, s[0])
     elif cost.from_Y is not None:
-        xp = ops.xp
-        Y, D = ops.scratch("cost 0", Z.shape, Z.dtype), ops.scratch("cost 1", Z.shape, Z.dtype)
-        s = ops.scratch("cost 2", Z.shape, Z.dtype), ops.scratch("cost 3", Z.shape, Z.dtype)
+        Y, D = ops.scratch("cost 2", Z.shape, Z.dtype), ops.scratch("cost 3", Z.shape, Z.dtype)
         g.value(xp, Z, Y, s)
-        cost.from_Y(ops, Y, T, Delta, C)
+        cost.from_Y(ops, Y, T, Delta, C, s[0])
         if not g.elementwise:  # softmax: dC/dz_j = y_j (dC/dy_j - sum_k y_k dC/dy_k)
             r = s[1][:, :1]
             xp.multiply(Delta, Y, out=s[0])
@@ -53,13 +53,13 @@ def output_delta(ops: Any, cost: Cost, g: Activation, Z: Array, T: Array, Delta:
             xp.multiply(Delta, D, out=Delta)
 
 
-def cross_entropy(ops: Any, Z: Array, T: Array, Delta: Array, C: Array) -> None:
+def cross_entropy(ops: Any, Z: Array, T: Array, Delta: Array, C: Array, s: Array) -> None:
     """C_i = -sum_k t_k ln y_k = ln sum_k exp(z_k) - sum_k t_k z_k, y = softmax(z); Delta = y - t   (source 5).
 
     The rows of T sum to 1.
     """
     xp = ops.xp
-    r = ops.scratch("cost 0", (len(Z), 1), Z.dtype)
+    r = s.reshape(-1, 1)[: len(Z)]  # one number a row
     Z.max(axis=1, keepdims=True, out=r)
     xp.subtract(Z, r, out=Delta)
     ops.dot_targets(T, Delta, C)
@@ -71,13 +71,12 @@ def cross_entropy(ops: Any, Z: Array, T: Array, Delta: Array, C: Array) -> None:
     xp.subtract(r[:, 0], C, out=C)
 
 
-def binary_cross_entropy(ops: Any, Z: Array, T: Array, Delta: Array, C: Array) -> None:
+def binary_cross_entropy(ops: Any, Z: Array, T: Array, Delta: Array, C: Array, s: Array) -> None:
     """C_i = -sum_k (t_k ln y_k + (1 - t_k) ln(1 - y_k)), y = sigmoid(z); Delta = y - t   (source 5).
 
     Each term is (step(z_k) - t_k) z_k + ln(1 + exp(-|z_k|)), so that nothing large is subtracted from something large.
     """
     xp = ops.xp
-    s = ops.scratch("cost 0", Z.shape, Z.dtype)
     xp.greater(Z, 0, out=s)
     ops.subtract_targets(s, T)
     xp.multiply(s, Z, out=s)
@@ -91,10 +90,9 @@ def binary_cross_entropy(ops: Any, Z: Array, T: Array, Delta: Array, C: Array) -
     ops.subtract_targets(Delta, T)
 
 
-def squared_error(ops: Any, Y: Array, T: Array, G: Array, C: Array) -> None:
+def squared_error(ops: Any, Y: Array, T: Array, G: Array, C: Array, s: Array) -> None:
     """C_i = 1/2 ||y - t||^2, summed over the outputs; dC_i/dy = y - t   (source 5, linear regression; source 2)."""
     xp = ops.xp
-    s = ops.scratch("cost 1", Y.shape, Y.dtype)
     G[...] = Y
     ops.subtract_targets(G, T)
     xp.multiply(G, G, out=s)

@@ -18,7 +18,7 @@ from .costs import Cost
 from .optimizers import Optimizer, Slots
 
 __all__ = [
-    "affine", "affine_activate", "count", "dot_targets", "gather", "gradients", "hidden_delta", "output",
+    "affine", "affine_activate", "dot_targets", "gather", "gradients", "hidden_delta", "measure", "output",
     "output_delta", "scratch", "subtract_targets", "update", "xp",
 ]  # fmt: skip
 
@@ -79,16 +79,16 @@ def gradients(Delta: Array, A_below: Array, dW: Array, db: Array | None) -> None
         Delta.sum(axis=0, out=db)
 
 
-def count(task: str, g: Activation, Z: Array, T: Array, C: Array, out: Array) -> None:
+def measure(task: str, g: Activation, Z: Array, T: Array, C: Array, out: Array) -> None:
     """out = [sum of the costs C, number of samples predicted right], two float64; see `Network.task` for the rules."""
     out[0] = C.sum(dtype=cp.float64)
-    if not g.increasing:
-        Y = cp.empty_like(Z)
-        output(g, Z, Y)
-        Z = Y
     if task == "labels":
+        scores = Z
+        if not g.increasing:
+            scores = cp.empty_like(Z)
+            output(g, Z, scores)
         wanted = T if T.ndim == 1 else T.argmax(axis=1)
-        out[1] = (Z.argmax(axis=1) == wanted).sum()
+        out[1] = (scores.argmax(axis=1) == wanted).sum()
     elif task in ("binary", "multilabel"):
         out[1] = ((Z > 0) == (T > 0.5)).all(axis=1).sum()
 

@@ -45,5 +45,5 @@ class Eager:
             ops.gather(self.wanted, rows, T)
             forward(ops, net, batch)
             backward(ops, net, batch, T, self.cost, self.gradient)
-            ops.count(self.task, net.g, batch.Z[-1], T, batch.C, measured)
+            ops.measure(self.task, net.g, batch.Z[-1], T, batch.C, measured)
             return bool(ops.update(self.rule, net.theta, self.flat, self.slots, lr, t, measured, self.diverged))

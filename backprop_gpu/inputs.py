@@ -40,7 +40,7 @@ def features(X: Any, width: int, dtype: np.dtype) -> Array:
             f"X has {X.shape[1]} features, the network takes {width}",
             "pass samples of that width, or build the network with layers that begin with the data's",
         )
-    return X if X.dtype == np.uint8 and X.flags.c_contiguous else _as_numbers("X", X, dtype, keep_uint8=True)
+    return _as_numbers("X", X, dtype, keep_uint8=True)
 
 
 def targets(T: Any, m: int, K: int, cost: str, dtype: np.dtype) -> Array:

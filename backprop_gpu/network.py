@@ -47,9 +47,10 @@ def forward(ops: Any, net: Network, batch: Batch) -> None:
 
 
 def backward(ops: Any, net: Network, batch: Batch, T: Array, cost: Cost, gradient: Views) -> None:
-    """Backpropagation: from Z[L] to every dW[l] and db[l] (source 5, "Back Propagation Algorithm", with errata).
+    """Backpropagation: from Z[L] to every dW[l] and db[l] (source 5, "Back Propagation Algorithm").
 
-    The factor 1/m is folded into Delta[L], once, so that dW and db need none.
+    What its loop assigns to delta[l] is delta[l-1]. The factor 1/m is folded into Delta[L], once, so that dW and db
+    need none.
     """
     W, f, Z, A, Delta, L, m = net.W, net.f, batch.Z, batch.A, batch.Delta, net.L, batch.m
     dW, db = gradient.W, gradient.b

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from .costs import Cost
 from .optimizers import Optimizer, Slots
 
 __all__ = [
-    "affine", "affine_activate", "count", "dot_targets", "gather", "gradients", "hidden_delta", "output",
+    "affine", "affine_activate", "dot_targets", "gather", "gradients", "hidden_delta", "measure", "output",
     "output_delta", "scratch", "subtract_targets", "update", "xp",
 ]  # fmt: skip
 
@@ -35,12 +35,16 @@ _thread = threading.local()
 
 def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
     """An uninitialised array that the next call with the same name and dtype, in this thread, hands out again."""
+    return _kept(name, math.prod(shape), np.dtype(dtype), np.empty).reshape(shape)
+
+
+def _kept(name: str, size: int, dtype: np.dtype[Any], make: Callable[..., Array]) -> Array:
+    """The first `size` elements of this thread's vector of that name and dtype, made anew where it is too short."""
     kept: dict[Any, Any] = _thread.__dict__
-    size = math.prod(shape)
-    key = name, np.dtype(dtype)
+    key = name, dtype
     if key not in kept or kept[key].size < size:
-        kept[key] = np.empty(size, dtype)
-    return kept[key][:size].reshape(shape)
+        kept[key] = make(size, dtype=dtype)
+    return kept[key][:size]
 
 
 def gather(data: Array, rows: Array | slice, out: Array) -> None:
@@ -102,25 +106,25 @@ def gradients(Delta: Array, A_below: Array, dW: Array, db: Array | None) -> None
     """dW = Delta A_below^T, db = Delta 1. The 1/m stands in Delta already."""
     np.matmul(Delta.T, A_below, out=dW)
     if db is not None:
-        np.matmul(_ones(len(Delta), Delta.dtype), Delta, out=db)
+        np.matmul(_kept("ones", len(Delta), Delta.dtype, np.ones), Delta, out=db)
 
 
-def count(task: str, g: Activation, Z: Array, T: Array, C: Array, out: Array) -> None:
+def measure(task: str, g: Activation, Z: Array, T: Array, C: Array, out: Array) -> None:
     """out = [sum of the costs C, number of samples predicted right], two float64; see `Network.task` for the rules."""
     out[0] = np.add.reduce(C, dtype=np.float64)
-    if not g.increasing:
-        Y = scratch("count 5", Z.shape, Z.dtype)
-        output(g, Z, Y)
-        Z = Y
     if task == "labels":
-        label = np.argmax(Z, axis=1, out=scratch("count 0", C.shape, np.intp))
-        wanted = T if T.ndim == 1 else np.argmax(T, axis=1, out=scratch("count 1", C.shape, np.intp))
-        out[1] = np.count_nonzero(np.equal(label, wanted, out=scratch("count 2", C.shape, np.bool_)))
+        scores = Z
+        if not g.increasing:
+            scores = scratch("outputs", Z.shape, Z.dtype)
+            output(g, Z, scores)
+        label = np.argmax(scores, axis=1, out=scratch("label", C.shape, np.intp))
+        wanted = T if T.ndim == 1 else np.argmax(T, axis=1, out=scratch("wanted label", C.shape, np.intp))
+        out[1] = np.count_nonzero(np.equal(label, wanted, out=scratch("right", C.shape, np.bool_)))
     elif task in ("binary", "multilabel"):
-        is_one = np.greater(Z, 0, out=scratch("count 3", Z.shape, np.bool_))
-        wanted = np.greater(T, 0.5, out=scratch("count 4", Z.shape, np.bool_))
+        is_one = np.greater(Z, 0, out=scratch("is one", Z.shape, np.bool_))
+        wanted = np.greater(T, 0.5, out=scratch("wanted one", Z.shape, np.bool_))
         right = np.equal(is_one, wanted, out=is_one)
-        out[1] = np.count_nonzero(np.logical_and.reduce(right, axis=1, out=scratch("count 2", C.shape, np.bool_)))
+        out[1] = np.count_nonzero(np.logical_and.reduce(right, axis=1, out=scratch("right", C.shape, np.bool_)))
 
 
 def update(
@@ -175,23 +179,9 @@ def subtract_targets(M: Array, T: Array) -> None:
 
 def _flat(labels: Array, M: Array) -> Array:
     """The flat index of each row's label in M (m, K)."""
-    at = np.multiply(_ramp(len(labels)), M.shape[1], out=scratch("flat", labels.shape, np.intp))
+    rows = _kept("rows", len(labels), np.dtype(np.intp), np.arange)
+    at = np.multiply(rows, M.shape[1], out=scratch("flat", labels.shape, np.intp))
     return np.add(at, labels, out=at)
-
-
-def _ramp(m: int) -> Array:
-    kept: dict[Any, Any] = _thread.__dict__
-    if "ramp" not in kept or kept["ramp"].size < m:
-        kept["ramp"] = np.arange(m)
-    return kept["ramp"][:m]
-
-
-def _ones(m: int, dtype: Any) -> Array:
-    kept: dict[Any, Any] = _thread.__dict__
-    key = "ones", dtype
-    if key not in kept or kept[key].size < m:
-        kept[key] = np.ones(m, dtype)
-    return kept[key][:m]
 
 
 def _row_blocks(M: Array) -> Iterator[tuple[slice, tuple[Array, Array, Array]]]:

@@ -31,7 +31,6 @@ class Optimizer:
 
     lr: float
 
-    name: ClassVar[str]
     weight_decay = 0.0  # a field where the rule has it
 
     @property
@@ -107,8 +106,6 @@ class SGD(Optimizer):
     nesterov: bool = False
     weight_decay: float = 0.0
 
-    name = "sgd"
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.nesterov and not self.momentum:
@@ -161,7 +158,6 @@ class Adam(Optimizer):
     amsgrad: bool = False
     weight_decay: float = 0.0
 
-    name = "adam"
     decoupled: ClassVar[bool] = False
 
     def check(self, dtype: np.dtype[Any]) -> None:
@@ -220,7 +216,6 @@ class AdamW(Adam):
 
     weight_decay: float = 1e-2
 
-    name = "adamw"
     decoupled = True
 
 

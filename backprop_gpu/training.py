@@ -64,8 +64,9 @@ class Evaluation(NamedTuple):
 class Run:
     """A training run as callbacks see it.
 
-    `epoch` and `step` (over the whole run) count from 1 and tell what is done; `lr` is the last step's. Set `stop` to
-    end the run after this epoch. `whole` is False only while a step is under way: then theta may be between two steps.
+    `epoch`, from 1, is under way or just over; `step` says how many steps of the whole run are done, `lr` is the last
+    one's. Set `stop` to end the run after this epoch. `whole` is False only while a step is under way: then theta may
+    be between two steps.
     """
 
     net: Network
@@ -136,7 +137,7 @@ def train(
         executor = Eager(net, chosen, task, rule, be.asarray(data), be.asarray(wanted), batch_size)
         if held_out is not None:
             held_out = be.asarray(held_out[0]), be.asarray(held_out[1]), held_out[2]
-        net.cost, net.task = chosen.name, "labels" if wanted.ndim == 1 else natural_task(net.g, net.layers[-1])
+        net.cost, net.task = chosen.name, _task(net, wanted)
         measured = be.zeros(2 * steps, np.dtype(np.float64)).reshape(steps, 2)
         for run.epoch in range(1, epochs + 1):
             start = time.perf_counter()
@@ -201,7 +202,7 @@ def _evaluate(net: Network, data: Array, wanted: Array, task: str, cost: Cost) -
             Z, T = batch.Z[-1], wanted[rows]
             be.ops.output_delta(cost, net.g, Z, T, 1.0, batch.Delta[-1], batch.C)
             totals.append(be.zeros(2, np.dtype(np.float64)))
-            be.ops.count(task, net.g, Z, T, batch.C, totals[-1])
+            be.ops.measure(task, net.g, Z, T, batch.C, totals[-1])
     cost_sum, right = np.sum([to_host(t) for t in totals], axis=0)
     return Evaluation(float(cost_sum) / n, None if task == "regression" else float(right) / n)
 
@@ -210,10 +211,15 @@ def _checked(net: Network, X: Any, T: Any, cost: Cost) -> tuple[Array, Array, st
     """Features, targets, and the task for counting: "regression" where targets under a sigmoid are not all 0 or 1."""
     data = inputs.features(X, net.layers[0], net.dtype)
     wanted = inputs.targets(T, len(data), net.layers[-1], cost.name, net.dtype)
-    task = "labels" if wanted.ndim == 1 else natural_task(net.g, net.layers[-1])
+    task = _task(net, wanted)
     if task in ("binary", "multilabel") and not bool(((wanted == 0) | (wanted == 1)).all()):
         task = "regression"
     return data, wanted, task
+
+
+def _task(net: Network, wanted: Array) -> str:
+    """What a network learns from targets as `inputs` left them: labels always make it one that predicts labels."""
+    return "labels" if wanted.ndim == 1 else natural_task(net.g, net.layers[-1])
 
 
 def _pair(validation: Any) -> tuple[Any, Any]:

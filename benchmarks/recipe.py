@@ -32,7 +32,7 @@ def main() -> None:
     """Run every candidate; print a line each."""
     train, _ = bp.datasets.load("mnist")
     X, T, held_out = train.images[:50_000], train.labels[:50_000], (train.images[50_000:], train.labels[50_000:])
-    rows = []
+    conditions_before, rows = conditions(), []
     for rule, batch_size in CANDIDATES:
         accuracies, seconds = [], []
         for seed in SEEDS:
@@ -51,7 +51,7 @@ def main() -> None:
     if len(sys.argv) > 1:
         record = {
             "command": "python -m benchmarks.recipe",
-            "conditions": conditions(),
+            "conditions": conditions_before,
             "seeds": list(SEEDS),
             "rows": rows,
         }

@@ -14,6 +14,11 @@ import backprop_gpu as bp
 from backprop_gpu import backend as backends
 
 
+@pytest.fixture(autouse=True)
+def _auto_is_auto(monkeypatch):
+    monkeypatch.delenv("BACKPROP_GPU_BACKEND")
+
+
 class CUDARuntimeError(RuntimeError):
     def __init__(self, status, message):
         super().__init__(message)

@@ -153,11 +153,11 @@ def test_gradients(backend, rng, dtype, m, n):
         ("regression", "identity", [[1.0], [2.0]], [[1.0], [2.0]], 0),
     ],
 )
-def test_count(backend, dtype, task, g, Z, T, right):
+def test_measure(backend, dtype, task, g, Z, T, right):
     Z = np.array(Z, dtype)
     T = np.array(T, np.intp if np.ndim(T) == 1 else dtype)
     out = backend.xp.zeros(2, np.float64)
-    backend.ops.count(task, OUTPUT[g], *device(backend, Z, T, np.arange(len(Z)).astype(dtype)), out)
+    backend.ops.measure(task, OUTPUT[g], *device(backend, Z, T, np.arange(len(Z)).astype(dtype)), out)
     assert to_host(out).tolist() == [sum(range(len(Z))), right]
 
 
