@@ -4,6 +4,8 @@
 is A = f(Z) or Z, as `derivative_from` says: a function whose derivative is taken from A never needs its Z again, so the
 layer works in place. `xp` is numpy or cupy; `s` holds two scratch arrays. All arrays have one shape and one dtype.
 
+A function of one's own is made by `Activation.of`.
+
 Sources: 5 ("Activation functions": sigmoid, tanh, ReLU, leaky ReLU, softplus, swish), 4, eqs. 9-10 (sigmoid).
 """
 
@@ -11,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from .errors import ConfigError
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 
@@ -31,6 +35,48 @@ class Activation(NamedTuple):
     derivative_from: str = "A"
     elementwise: bool = True
     increasing: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        value: Callable[[Any, Array], Array],
+        derivative: Callable[[Any, Array], Array],
+        derivative_from: str = "Z",
+        increasing: bool = False,
+    ) -> Activation:
+        """An activation of one's own, elementwise, from plain array code.
+
+        `value(xp, Z)` returns f(Z), `derivative(xp, K)` returns f'(Z) from K = Z, or from K = f(Z) where
+        `derivative_from` is "A"; arrays of one shape (m, N_l), in the network's dtype, of the array module xp (numpy or
+        cupy). `increasing`: whether f is so strictly. `name` is what model files and messages call it.
+
+        ConfigError for a name that is taken or no identifier, and, when it is used, for results of another shape.
+        """
+        check_own_name("activation", name, OUTPUT)
+        if derivative_from not in ("A", "Z"):
+            raise ConfigError(f"derivative_from is {derivative_from!r}", "give 'A' or 'Z'")
+        return cls(
+            name,
+            lambda xp, Z, A, s: fill(A, value(xp, Z), f"the value of {name}"),
+            lambda xp, K, D, s: fill(D, derivative(xp, K), f"the derivative of {name}"),
+            derivative_from,
+            increasing=increasing,
+        )
+
+
+def check_own_name(what: str, name: Any, taken: Any) -> None:
+    """ConfigError unless `name` can be given to a function of one's own."""
+    if not (isinstance(name, str) and name.isidentifier()) or name in taken:
+        raise ConfigError(f"{name!r} cannot name an {what} of your own", "give an identifier that is not in use yet")
+
+
+def fill(out: Array, result: Any, what: str) -> None:
+    """out = result, which shall have out's shape, or be one number."""
+    shape = getattr(result, "shape", ())
+    if shape not in (out.shape, ()):
+        raise ConfigError(f"{what} has shape {shape} for arrays of shape {out.shape}", "return one number an element")
+    out[...] = result
 
 
 def identity(xp: Any, Z: Array, A: Array, s: Any) -> None:

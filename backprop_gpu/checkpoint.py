@@ -13,20 +13,23 @@ import json
 import os
 import secrets
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from .activations import Activation
 from .backend import choose, to_host
-from .costs import choose_cost
+from .costs import Cost, choose_cost
 from .errors import CheckpointError, lookup
 from .initializers import INITIALIZERS
 from .network import Network, natural_task
 
-FORMAT, VERSION = "backprop_gpu", "1"
+FORMAT, VERSION = "backprop_gpu", "2"
 MAX_HEADER = 1 << 20
-_SETTINGS = ("layers", "hidden", "output", "init", "bias", "precision", "seed")
+_SETTINGS = ("layers", "hidden", "output", "init", "bias", "precision", "seed", "dropout")
+_ADDED_IN_2 = {"dropout": 0.0}
 _METADATA = {"format", "format_version", "config", "sha256"}
 _DTYPES = {"float32": "F32", "float64": "F64"}
 
@@ -54,8 +57,14 @@ def save_network(net: Network, path: str | os.PathLike[str]) -> None:
     write_atomically(target, _in_order(save(tensors, metadata)))
 
 
-def load_network(path: str | os.PathLike[str], backend: str = "auto") -> Network:
+Own = Sequence[Activation | Cost]
+
+
+def load_network(path: str | os.PathLike[str], backend: str = "auto", own: Own = ()) -> Network:
     """The network in a model file. Public as `bp.load`.
+
+    `own`: the activations and costs of one's own that the network was built or trained with; the file has only their
+    names.
 
     Raises CheckpointError for a file that is missing, damaged, no model of this library, or of a later format version;
     ConfigError and BackendError as `backend.choose`.
@@ -66,7 +75,7 @@ def load_network(path: str | os.PathLike[str], backend: str = "auto") -> Network
         if not stat.S_ISREG(path.stat().st_mode):  # before it is opened: opening a pipe would wait for ever
             raise _bad(path, "is not a regular file")
         with path.open("rb") as file:
-            return _load(path, file, backend)
+            return _load(path, file, backend, own)
     except CheckpointError:
         raise
     except (OSError, ValueError) as e:  # ValueError: a null byte in the name
@@ -74,7 +83,7 @@ def load_network(path: str | os.PathLike[str], backend: str = "auto") -> Network
         raise CheckpointError(f"{path} cannot be read: {reason}", "check the path and its permissions", errno) from None
 
 
-def _load(path: Path, file: BinaryIO, backend: str) -> Network:
+def _load(path: Path, file: BinaryIO, backend: str, own: Own) -> Network:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -87,18 +96,20 @@ def _load(path: Path, file: BinaryIO, backend: str) -> Network:
         metadata = header.pop("__metadata__")
         if metadata["format"] != FORMAT:
             raise _bad(path, f"is a safetensors file, but of {metadata['format']!r}, not of {FORMAT}")
-        if metadata["format_version"] != VERSION:
+        if metadata["format_version"] not in ("1", VERSION):
             raise CheckpointError(
                 f"{path} has format version {metadata['format_version']!r}, this library reads {VERSION!r}",
                 "install a newer backprop_gpu",
             )
         config = json.loads(metadata["config"], object_pairs_hook=_no_duplicates)
+        if metadata["format_version"] == "1":
+            config = {**config, **_ADDED_IN_2}
         digests = json.loads(metadata["sha256"], object_pairs_hook=_no_duplicates)
         shapes = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
         if set(config) != {*_SETTINGS, "cost", "task"} or set(metadata) != _METADATA or set(digests) != set(shapes):
             raise ValueError("it has more or fewer entries than it should")
         _refuse_lying_size(config["layers"], size)
-        net = _from_config(config, backend)
+        net = _from_config(config, backend, own)
     except CheckpointError:
         raise
     except KeyError as e:
@@ -133,19 +144,30 @@ def _read_header(file: BinaryIO, size: int) -> bytes | None:
     return start + header if len(header) == length and header[:1] == b"{" else None
 
 
-def _from_config(config: dict[str, Any], backend: str) -> Network:
+def _from_config(config: dict[str, Any], backend: str, own: Own) -> Network:
     """The network that a file's settings describe, theta still zero; ConfigError, TypeError, ValueError where none."""
     settings = {name: config[name] for name in _SETTINGS}
-    if type(settings["bias"]) is not bool:
+    if not all(type(bias) is bool for bias in _listed(settings["bias"])):
         raise ValueError(f"bias {settings['bias']!r}")
-    lookup("initialiser", settings["init"], INITIALIZERS)
+    for name in _listed(settings["init"]):
+        lookup("initialiser", name, INITIALIZERS)
+    activations = {f.name: f for f in own if isinstance(f, Activation)}
+    settings["hidden"] = [activations.get(name, name) for name in _listed(settings["hidden"])]
+    if len(settings["hidden"]) == 1:
+        settings["hidden"] = settings["hidden"][0]
+    settings["output"] = activations.get(settings["output"], settings["output"])
     net = Network(**{**settings, "init": "zeros", "backend": backend})
     net.init = settings["init"]
-    net.cost = choose_cost(config["cost"], net.output).name
+    costs = {c.name: c for c in own if isinstance(c, Cost)}
+    net.criterion = choose_cost(costs.get(config["cost"], config["cost"]), net.output)
     if config["task"] not in {natural_task(net.g, net.layers[-1]), "labels"}:
         raise ValueError(f"task {config['task']!r} with output {net.output!r}")
     net.task = config["task"]
     return net
+
+
+def _listed(setting: Any) -> list[Any]:
+    return setting if isinstance(setting, list) else [setting]
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,48 +2,83 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from .activations import Array
 from .costs import Cost
 from .network import Batch, Network, Views, backward, forward
 from .optimizers import Optimizer
+from .regularization import Regularization
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a run minimises: the cost of a network, with penalties, over data.
+
+    `data` (n, N_0), `wanted` (n,) or (n, K) and `weights` (n,) or None lie on the network's device, as `inputs` left
+    them. `task` says what to count as right. The first `frozen` layers stay as they are.
+    """
+
+    net: Network
+    cost: Cost
+    task: str
+    data: Array
+    wanted: Array
+    weights: Array | None
+    reduction: str
+    regularization: Regularization
+    frozen: int
 
 
 class Eager:
     """Training steps on a network's backend, over buffers made once.
 
-    `data` (n, N_0) and `wanted` (n,) or (n, K) lie on the device, as `inputs` left them; `batch_size` is the largest
-    batch. `task` says what to count as right. `diverged[0]`, on the device, is the first step that left the finite
-    numbers, 0 so far.
+    `batch_size` is the largest batch; `seed` is that of the dropout masks. `diverged[0]`, on the device, is the first
+    step that left the finite numbers, 0 so far.
     """
 
-    def __init__(
-        self, net: Network, cost: Cost, task: str, rule: Optimizer, data: Array, wanted: Array, batch_size: int
-    ) -> None:
+    def __init__(self, problem: Problem, rule: Optimizer, batch_size: int, seed: int) -> None:
+        net, be = problem.net, problem.net.backend
         rule.check(net.dtype)
-        be = net.backend
-        self.net, self.cost, self.task, self.rule = net, cost, task, rule
-        self.data, self.wanted = data, wanted
-        self.batch = Batch(net, batch_size, gradient=True)
-        self.T = be.xp.empty((batch_size, *wanted.shape[1:]), wanted.dtype)
-        self.flat = be.zeros(net.theta.size, net.dtype)
-        self.gradient = Views(self.flat, net.layers, net.bias)
-        self.slots = tuple(be.zeros(net.theta.size, net.dtype) for _ in range(rule.slots))
+        self.problem, self.rule, self.seed = problem, rule, seed
+        self.batch = Batch(net, batch_size, gradient=True, draw=(seed, 0))
+        self.T = be.xp.empty((batch_size, *problem.wanted.shape[1:]), problem.wanted.dtype)
+        self.w, self.part = (be.xp.empty(batch_size, net.dtype) for _ in range(2))
+        flat = be.zeros(net.theta.size, net.dtype)
+        self.gradient = Views(flat, net.layers, net.biased)
+        # Frozen layers come first in theta: what is trained is the rest of it.
+        start = Views.size(net.layers[: problem.frozen + 1], net.biased[: problem.frozen], net.dtype)
+        self.theta, self.g = net.theta[start:], flat[start:]
+        self.is_weight = net.weight_mask()[start:] if problem.regularization else None
+        self.slots = tuple(be.zeros(self.theta.size, net.dtype) for _ in range(rule.slots))
         self.diverged = be.xp.zeros(1, be.xp.int64)
 
     def step(self, rows: Array, lr: float, t: int, measured: Array) -> bool:
         """Step t (from 1) on the samples `rows`: forward, cost and Delta[L], backward, update.
 
-        Writes the sum of the costs and the number of samples predicted right into measured (2,). Returns False where it
-        is known that the step was not applied, because the run has left the finite numbers.
+        Writes the sum of the weighted costs and the number of samples predicted right into measured (2,). Returns False
+        where it is known that the step was not applied, because the run has left the finite numbers.
         """
-        net, ops = self.net, self.net.backend.ops
-        batch, T = self.batch.first(len(rows)), self.T[: len(rows)]
+        problem = self.problem
+        net, ops = problem.net, problem.net.backend.ops
+        m = len(rows)
+        batch, T, mean = self.batch.first(m), self.T[:m], problem.reduction == "mean"
+        batch.draw = self.seed, t
         with np.errstate(all="ignore"):  # what is not finite is looked for, and told, by update
-            ops.gather(self.data, rows, batch.A[0])
-            ops.gather(self.wanted, rows, T)
+            ops.gather(problem.data, rows, batch.A[0])
+            ops.gather(problem.wanted, rows, T)
+            w, part = None, 1 / m if mean else 1.0
+            if problem.weights is not None:
+                w = part = self.w[:m]
+                ops.gather(problem.weights, rows, w)
+                if mean:
+                    part = self.part[:m]
+                    ops.share(w, part)
             forward(ops, net, batch)
-            backward(ops, net, batch, T, self.cost, self.gradient)
-            ops.measure(self.task, net.g, batch.Z[-1], T, batch.C, measured)
-            return bool(ops.update(self.rule, net.theta, self.flat, self.slots, lr, t, measured, self.diverged))
+            backward(ops, net, batch, T, part, problem.cost, self.gradient, problem.frozen)
+            ops.measure(problem.task, net.g, batch.Z[-1], T, batch.C, w, measured)
+            if problem.regularization:
+                problem.regularization.apply(ops, self.theta, self.is_weight, self.g)
+            return bool(ops.update(self.rule, self.theta, self.g, self.slots, lr, t, measured, self.diverged))

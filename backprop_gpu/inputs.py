@@ -6,12 +6,13 @@ they are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from .activations import Array
-from .backend import array_module, is_cupy
+from .backend import array_module, is_cupy, to_host
 from .errors import DataError
 
 _CHUNK = 1 << 20  # elements looked at a time, so that a check never needs much memory
@@ -82,6 +83,69 @@ def targets(T: Any, m: int, K: int, cost: str, dtype: np.dtype) -> Array:
             "binary_cross_entropy wants targets from 0 to 1; scale them, or use squared_error",
         )
     return T
+
+
+def sample_weights(w: Any, m: int, dtype: np.dtype) -> np.ndarray | None:
+    """The weights of m samples as (m,) in `dtype` on the host; None as it is.
+
+    Raises DataError for another shape, for weights that are negative or not finite, and where all are 0.
+    """
+    if w is None:
+        return None
+    w = np.asarray(to_host(_numeric("sample_weight", w)), np.float64)
+    if w.shape != (m,):
+        raise DataError(f"sample_weight has shape {w.shape} for {m} samples", "pass one weight a sample")
+    _refuse_rows(~np.isfinite(w) | (w < 0), "sample_weight is negative or not finite at row {}", "pass weights from 0")
+    if not w.any():
+        raise DataError("all of sample_weight is 0", "pass a weight above 0 for the samples that count")
+    with np.errstate(over="ignore"):
+        w = w.astype(dtype)
+    _refuse_rows(np.isinf(w), f"sample_weight is too large for {dtype} at row {{}}", "divide the weights by their mean")
+    return w
+
+
+def class_weights(given: Any, wanted: Array, K: int) -> np.ndarray:
+    """The weight that its class gives each sample, (m,) float64. `wanted` as `targets` left it.
+
+    `given`: "balanced", which is m / (classes there are x samples of the class), or a mapping from label to weight (1
+    for labels that are not in it), or K weights in order. Rows of targets belong to the class of their largest entry;
+    where K = 1 to 1 above 0.5, else to 0.
+
+    Raises DataError for anything else, and weights that are negative or not finite.
+    """
+    wanted = to_host(wanted)
+    if wanted.ndim == 1:
+        classes = wanted
+    elif wanted.shape[1] == 1:
+        classes = (wanted[:, 0] > 0.5).astype(np.intp)
+    else:
+        classes = wanted.argmax(axis=1)
+    n = max(2, K)
+    cure = f'give "balanced", or a weight for each label, 0 to {n - 1}, as a mapping or a list'
+    weights = np.ones(n)
+    if isinstance(given, str) and given == "balanced":
+        count = np.bincount(classes, minlength=n)
+        weights = len(classes) / np.maximum(1, count * np.count_nonzero(count))
+    elif isinstance(given, Mapping):
+        for label, weight in given.items():
+            if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or not 0 <= label < n:
+                raise DataError(f"class_weight has the label {label!r}", cure)
+            weights[label] = _weight(weight, cure)
+    elif isinstance(given, (list, tuple, np.ndarray)) and len(given) == n:
+        weights[:] = [_weight(weight, cure) for weight in given]
+    else:
+        raise DataError(f"class_weight is {given!r}", cure)
+    return weights[classes]
+
+
+def _weight(value: Any, cure: str) -> float:
+    try:
+        weight = float("nan") if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError):
+        weight = float("nan")
+    if not (np.isfinite(weight) and weight >= 0):
+        raise DataError(f"class_weight holds {value!r}", cure)
+    return weight
 
 
 def _labels(T: Array, K: int) -> Array:

@@ -15,7 +15,8 @@ row, which is how data files hold them; W[l] is (N_l, N_(l-1)) as in the notes. 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,11 @@ from . import backend as backends
 from . import inputs
 from .activations import HIDDEN, OUTPUT, SOFTMAX, Activation, Array
 from .batches import check_seed, generator
-from .costs import Cost, choose_cost
+from .costs import REDUCTIONS, Cost, choose_cost
 from .errors import ConfigError, DataError, lookup
 from .initializers import INITIALIZERS
+from .regularization import Regularization
+from .specs import number
 
 PRECISIONS: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
 MAX_WEIGHTS = 1 << 36  # 256 GiB in float32; more is a slip of the keyboard
@@ -40,25 +43,29 @@ def forward(ops: Any, net: Network, batch: Batch) -> None:
 
     A[L] = g(Z[L]) is left to those who need it: the costs work from Z[L].
     """
-    W, b, f, Z, A, L = net.W, net.b, net.f, batch.Z, batch.A, net.L
+    W, b, f, Z, A, F, L = net.W, net.b, net.f, batch.Z, batch.A, batch.F, net.L
     for l in range(1, L):
-        ops.affine_activate(W[l], A[l - 1], b[l], f[l], Z[l], A[l])  # Z[l] = W[l] A[l-1] + b[l], A[l] = f(Z[l])
+        ops.affine_activate(W[l], A[l - 1], b[l], f[l], Z[l], F[l])  # Z[l] = W[l] A[l-1] + b[l], A[l] = f(Z[l])
+        if batch.mask[l] is not None:  # with dropout A[l] = mask ⊙ f(Z[l])
+            ops.drop(F[l], net.rates[l], batch.draw, l, batch.mask[l], A[l])
     ops.affine(W[L], A[L - 1], b[L], Z[L])  # Z[L] = W[L] A[L-1] + b[L]
 
 
-def backward(ops: Any, net: Network, batch: Batch, T: Array, cost: Cost, gradient: Views) -> None:
-    """Backpropagation: from Z[L] to every dW[l] and db[l] (source 5, "Back Propagation Algorithm").
+def backward(
+    ops: Any, net: Network, batch: Batch, T: Array, w: float | Array, cost: Cost, gradient: Views, frozen: int = 0
+) -> None:
+    """Backpropagation: from Z[L] to every dW[l] and db[l], l > frozen (source 5, "Back Propagation Algorithm").
 
-    What its loop assigns to delta[l] is delta[l-1]. The factor 1/m is folded into Delta[L], once, so that dW and db
-    need none.
+    What its loop assigns to delta[l] is delta[l-1]. The part w of each sample in the cost, 1/m when all count the same,
+    is folded into Delta[L], once, so that dW and db need none.
     """
-    W, f, Z, A, Delta, L, m = net.W, net.f, batch.Z, batch.A, batch.Delta, net.L, batch.m
+    W, f, Z, F, A, Delta, L = net.W, net.f, batch.Z, batch.F, batch.A, batch.Delta, net.L
     dW, db = gradient.W, gradient.b
-    ops.output_delta(cost, net.g, Z[L], T, 1 / m, Delta[L], batch.C)  # Delta[L] = dC_i/dZ[L] / m
-    for l in range(L, 0, -1):
+    ops.output_delta(cost, net.g, Z[L], T, w, Delta[L], batch.C)  # Delta[L] = w dC_i/dZ[L]
+    for l in range(L, frozen, -1):
         ops.gradients(Delta[l], A[l - 1], dW[l], db[l])  # dW[l] = Delta[l] A[l-1]^T, db[l] = Delta[l] 1
-        if l > 1:  # Delta[l-1] = f'(Z[l-1]) ⊙ (W[l]^T Delta[l])
-            ops.hidden_delta(W[l], Delta[l], f[l - 1], Z[l - 1], A[l - 1], Delta[l - 1])
+        if l > frozen + 1:  # Delta[l-1] = f'(Z[l-1]) ⊙ (W[l]^T Delta[l])
+            ops.hidden_delta(W[l], Delta[l], f[l - 1], Z[l - 1], F[l - 1], batch.mask[l - 1], Delta[l - 1])
 
 
 # ------------------------------------------------------------------------------------------------- the storage
@@ -67,15 +74,15 @@ def backward(ops: Any, net: Network, batch: Batch, T: Array, cost: Cost, gradien
 class Views:
     """W[1..L] and b[1..L] as views of one flat vector, in the order W1, b1, W2, b2, ...; W[0] and b[0] are None.
 
-    Without bias every b[l] is None. Each tensor starts at a 64-byte boundary; the elements between are zero and stay
-    zero.
+    b[l] is None where layer l has no bias. Each tensor starts at a 64-byte boundary; the elements between are zero and
+    stay zero.
     """
 
-    def __init__(self, flat: Array, layers: Sequence[int], bias: bool) -> None:
+    def __init__(self, flat: Array, layers: Sequence[int], biased: Sequence[bool]) -> None:
         W: list[Any] = [None]
         b: list[Any] = [None]
         start = 0
-        for n_out, n_in in zip(layers[1:], layers, strict=False):
+        for n_out, n_in, bias in zip(layers[1:], layers, biased, strict=False):
             W.append(flat[start : start + n_out * n_in].reshape(n_out, n_in))
             start += _padded(n_out * n_in, flat.dtype)
             b.append(flat[start : start + n_out] if bias else None)
@@ -83,9 +90,10 @@ class Views:
         self.W, self.b = tuple(W), tuple(b)
 
     @staticmethod
-    def size(layers: Sequence[int], bias: bool, dtype: np.dtype) -> int:
+    def size(layers: Sequence[int], biased: Sequence[bool], dtype: np.dtype) -> int:
         """How many elements the flat vector has, padding included."""
-        return sum(_padded(o * i, dtype) + bias * _padded(o, dtype) for o, i in zip(layers[1:], layers, strict=False))
+        triples = zip(layers[1:], layers, biased, strict=False)
+        return sum(_padded(o * i, dtype) + bias * _padded(o, dtype) for o, i, bias in triples)
 
 
 def _padded(n: int, dtype: np.dtype) -> int:
@@ -96,17 +104,24 @@ def _padded(n: int, dtype: np.dtype) -> int:
 class Batch:
     """The arrays of m samples on their way through the network: Z, A, Delta of each layer, and C, each sample's cost.
 
-    Z[l] is A[l] itself where nobody needs Z[l] once A[l] is there: without a gradient to take, or where f' is taken
-    from A. Without a gradient to take, only the last layer has a Delta. There is no A[L].
+    F[l] is f(Z[l]), and A[l] itself but where dropout comes between: there A[l] = mask[l] ⊙ F[l], the masks those of
+    training step `draw` = (seed, step). Z[l] is F[l] itself where nobody needs Z[l] once F[l] is there: without a
+    gradient to take, or where f' is taken from A. Without a gradient to take, only the last layer has a Delta. There is
+    no A[L].
     """
 
-    def __init__(self, net: Network, m: int, gradient: bool, keep_Z: bool = False) -> None:
+    def __init__(
+        self, net: Network, m: int, gradient: bool, keep_Z: bool = False, draw: tuple[int, int] | None = None
+    ) -> None:
         xp, dtype = net.backend.xp, net.dtype
-        self.m = m
+        self.m, self.draw = m, draw
         L = net.L
         self.A: list[Any] = [xp.empty((m, n), dtype) for n in net.layers[:L]]
+        dropped = [draw is not None and rate > 0 for rate in net.rates]
+        self.mask: list[Any] = [xp.empty_like(A) if d else None for A, d in zip(self.A, dropped, strict=True)]
+        self.F: list[Any] = [xp.empty_like(A) if d else A for A, d in zip(self.A, dropped, strict=True)]
         self.Z: list[Any] = [None] + [
-            xp.empty_like(self.A[l]) if keep_Z or (gradient and net.f[l].derivative_from == "Z") else self.A[l]
+            xp.empty_like(self.F[l]) if keep_Z or (gradient and net.f[l].derivative_from == "Z") else self.F[l]
             for l in range(1, L)
         ]
         self.Z.append(xp.empty((m, net.layers[L]), dtype))
@@ -119,9 +134,11 @@ class Batch:
         if m == self.m:
             return self
         part = object.__new__(Batch)
-        part.m = m
+        part.m, part.draw = m, self.draw
         part.A = [M[:m] for M in self.A]
-        part.Z = [None, *(part.A[l] if self.Z[l] is self.A[l] else self.Z[l][:m] for l in range(1, len(self.A)))]
+        part.mask = [None if M is None else M[:m] for M in self.mask]
+        part.F = [a if F is A else F[:m] for F, A, a in zip(self.F, self.A, part.A, strict=True)]
+        part.Z = [None, *(part.F[l] if self.Z[l] is self.F[l] else self.Z[l][:m] for l in range(1, len(self.A)))]
         part.Z.append(self.Z[-1][:m])
         part.Delta = [None if M is None else M[:m] for M in self.Delta]
         part.C = self.C[:m]
@@ -131,17 +148,36 @@ class Batch:
 # ------------------------------------------------------------------------------------------------- the network
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a network; None means what the network says for all its layers.
+
+    `width`: N_l. `activation`: of a hidden layer, or the output function in the last. `bias`: whether it has one.
+    `init`: the initialiser of its weights. `dropout`: the share of its units dropped in training, of a hidden layer.
+    """
+
+    width: int
+    activation: str | Activation | None = None
+    bias: bool | None = None
+    init: str | None = None
+    dropout: float | None = None
+
+
 class Network:
     """A multilayer perceptron of widths N_0/N_1/.../N_L.
 
-    `layers`: all widths, input first, two at least. `hidden`: activation of the layers before the last
-    (`activations.HIDDEN`); `output`: output function g, softmax or any of them. `init`: initialiser of the weights;
-    biases start at 0. `precision`: "float32" or "float64". `seed`: 0..2^64-1, draws the initial theta, the same on
-    every backend. `backend`: "auto", "numpy" or "cupy" (see `backend.choose`).
+    `layers`: all widths, input first, two at least; each but the first may be a `Layer`. Without a hidden layer it is
+    linear, logistic or softmax regression. `hidden`: activation of the layers before the last (`activations.HIDDEN`, or
+    an `Activation`). `output`: output function g, softmax or any of them. `init`: initialiser of the weights; biases
+    start at 0. `bias`: whether there are any. `dropout`: the share of hidden units dropped in a training step (see
+    `dropout`). `hidden` and `dropout` may be lists, one entry for each of the L - 1 hidden layers, `init` and `bias`
+    one for each of the L layers. `precision`: "float32" or "float64". `seed`: 0..2^64-1, draws the initial theta, the
+    same on every backend. `backend`: "auto", "numpy" or "cupy" (see `backend.choose`).
 
     Attributes: `layers` (list of widths), `L`; `theta`, one flat vector (see `Views`), and its views `W[l]` and `b[l]`;
-    the functions `f[l]` and `g`; `dtype`, `backend`. `task` says what `predict` returns, "labels", "binary",
-    "multilabel" or "regression", and `cost` names the cost: what training last used, before that what `output`
+    the functions `f[l]` and `g`, the dropout `rates[l]`; `hidden`, `output`, `init`, `bias`, `dropout` as above, lists
+    where layers differ; `dtype`, `backend`. `task` says what `predict` returns, "labels", "binary", "multilabel" or
+    "regression", and `cost` names the cost (`criterion` is it): what training last used, before that what `output`
     suggests.
 
     Raises ConfigError for settings that make no sense, BackendError for a backend that cannot be used.
@@ -149,43 +185,51 @@ class Network:
 
     def __init__(
         self,
-        layers: Sequence[int],
-        hidden: str = "relu",
-        output: str = "softmax",
-        init: str = "he",
-        bias: bool = True,
+        layers: Sequence[int | Layer],
+        hidden: str | Activation | Sequence[str | Activation] = "relu",
+        output: str | Activation = "softmax",
+        init: str | Sequence[str] = "he",
+        bias: bool | Sequence[bool] = True,
         precision: str = "float32",
         seed: int = 0,
         backend: str = "auto",
+        dropout: float | Sequence[float] = 0.0,
     ) -> None:
-        self.layers = _widths(layers)
-        self.L = len(self.layers) - 1
-        self.hidden, self.output, self.init = hidden, output, init
-        self.bias, self.precision = bool(bias), precision
+        specs = _specs(layers)
+        self.layers = _widths([spec.width for spec in specs])
+        self.L = L = len(self.layers) - 1
+        self.precision = precision
         self.dtype = lookup("precision", precision, PRECISIONS)
-        if hidden == SOFTMAX.name:
-            raise ConfigError(
-                "softmax acts on whole rows, so it is no hidden activation", f"use one of {', '.join(HIDDEN)}"
-            )
-        self.f: list[Any] = [None] + [lookup("hidden activation", hidden, HIDDEN)] * (self.L - 1)
-        self.g: Activation = lookup("output function", output, OUTPUT)
-        self.cost = choose_cost(None, output).name
+        between, trained = specs[1:-1], specs[1:]
+        own = [spec.activation for spec in between]
+        self.f: list[Any] = [
+            None,
+            *_per_layer("hidden", hidden, own, lambda f: _function("hidden activation", f, HIDDEN)),
+        ]
+        self.g = _function("output function", specs[-1].activation or output, OUTPUT)
+        self.biased: list[bool] = _per_layer("bias", bias, [spec.bias for spec in trained], bool)
+        inits = _per_layer("init", init, [spec.init for spec in trained], _initializer)
+        self.init = _alike(inits)
+        self.rates = [0.0, *_per_layer("dropout", dropout, [spec.dropout for spec in between], _rate)]
+        if specs[-1].dropout:
+            raise ConfigError("dropout in the last layer would drop outputs", "give it to hidden layers")
+        self.criterion: Cost = choose_cost(None, self.g.name)
         self.task = natural_task(self.g, self.layers[-1])
-        initializer = lookup("initialiser", init, INITIALIZERS)
         self.seed = check_seed(seed)
         self.backend = backends.choose(backend)
 
-        host = np.zeros(Views.size(self.layers, self.bias, self.dtype), self.dtype)
+        host = np.zeros(Views.size(self.layers, self.biased, self.dtype), self.dtype)
         rng = generator(self.seed, 0)
-        for W in Views(host, self.layers, self.bias).W[1:]:
-            W[...] = initializer(rng, W.shape)
+        for W, name in zip(Views(host, self.layers, self.biased).W[1:], inits, strict=True):
+            W[...] = INITIALIZERS[name](rng, W.shape)
         self._place(host)
+        assert len(self.rates) == len(self.f) == L
 
     def _place(self, host: np.ndarray) -> None:
         with self.backend.active():
             self._theta = self.backend.zeros(host.size, self.dtype)
             self._theta[...] = self.backend.asarray(host)
-        self._views = Views(self._theta, self.layers, self.bias)
+        self._views = Views(self._theta, self.layers, self.biased)
 
     @property
     def theta(self) -> Array:
@@ -202,14 +246,73 @@ class Network:
         """b[1..L], views of theta, (N_l,), None without bias; b[0] is None."""
         return self._views.b
 
-    def to(self, backend: str) -> Network:
-        """A copy of this network on another backend, with the same theta."""
+    @property
+    def hidden(self) -> Any:
+        """The name of the hidden layers' activation, or a list of names where they differ."""
+        return _alike([f.name for f in self.f[1:]])
+
+    @property
+    def output(self) -> str:
+        """The name of the output function."""
+        return self.g.name
+
+    @property
+    def bias(self) -> Any:
+        """Whether the layers have biases, or a list where they differ."""
+        return _alike(self.biased)
+
+    @property
+    def dropout(self) -> Any:
+        """The dropout rate of the hidden layers, or a list where they differ."""
+        return _alike(self.rates[1:])
+
+    @property
+    def cost(self) -> str:
+        """The name of the cost that training last used, before that of the one that goes with the output."""
+        return self.criterion.name
+
+    def to(self, backend: str, precision: str | None = None) -> Network:
+        """A copy of this network on another backend, and in another precision if one is given, with the same theta."""
         other = object.__new__(Network)
         other.__dict__.update(self.__dict__)
         other.layers, other.f = list(self.layers), list(self.f)
+        other.biased, other.rates = list(self.biased), list(self.rates)
         other.backend = backends.choose(backend)
-        other._place(backends.to_host(self.theta))
+        if precision is not None:
+            other.precision, other.dtype = precision, lookup("precision", precision, PRECISIONS)
+        host = np.zeros(Views.size(self.layers, self.biased, other.dtype), other.dtype)
+        views = Views(host, self.layers, self.biased)
+        for mine, its in zip((*self.W, *self.b), (*views.W, *views.b), strict=True):
+            if mine is not None:
+                its[...] = backends.to_host(mine)
+        other._place(host)
         return other
+
+    def carry_over(self, other: Network, layers: int) -> None:
+        """Take W and b of the first `layers` layers from another network, as from one that was pre-trained.
+
+        Source 5, "Neural Networks": the layers before the output pre-process its inputs, and "the preprocessing could
+        be done by a previously built model". To keep them as they are, train with `frozen=layers`.
+
+        Raises ConfigError where the two networks differ in the shapes, the biases or the activations of those layers.
+        """
+        layers = operator.index(layers)
+        if not 1 <= layers <= min(self.L, other.L):
+            raise ConfigError(
+                f"layers to carry over: {layers}", f"give 1 to {min(self.L, other.L)}: both networks have those"
+            )
+        for l in range(1, layers + 1):
+            f, g = (net.f[l].name if l < net.L else net.g.name for net in (self, other))
+            if self.W[l].shape != other.W[l].shape or self.biased[l - 1] != other.biased[l - 1] or f != g:
+                raise ConfigError(
+                    f"layer {l} is {_layer_text(self, l)} here and {_layer_text(other, l)} there",
+                    "carry over layers of one shape and activation only",
+                )
+        with self.backend.active():
+            for l in range(1, layers + 1):
+                for mine, its in ((self.W[l], other.W[l]), (self.b[l], other.b[l])):
+                    if mine is not None:
+                        mine[...] = self.backend.asarray(backends.to_host(its).astype(self.dtype))
 
     def __copy__(self) -> Network:
         return self.to(self.backend.name)  # a shallow copy would share theta
@@ -223,25 +326,32 @@ class Network:
         return sum(p.size for p in (*self.W[1:], *self.b[1:]) if p is not None)
 
     def summary(self) -> str:
-        """The network in a few lines: widths, functions, parameters, where it lives."""
+        """The network in a few lines: N_0/N_1/.../N_L, each layer, N_w + N_b, where it lives.
+
+        Layers are counted as source 5 counts them: by their sets of adjustable parameters.
+        """
         weights, biases = sum(W.size for W in self.W[1:]), sum(b.size for b in self.b[1:] if b is not None)
         rows = [f"{'layer':>5}  {'W':>13}  {'b':>6}  function"]
         for l in range(1, self.L + 1):
             W, b, f = self.W[l], self.b[l], self.f[l] if l < self.L else self.g
-            rows.append(f"{l:5}  {W.shape[0]:>6} x {W.shape[1]:<4}  {'-' if b is None else b.size:>6}  {f.name}")
+            dropout = f", dropout {self.rates[l]:g}" if l < self.L and self.rates[l] else ""
+            rows.append(
+                f"{l:5}  {W.shape[0]:>6} x {W.shape[1]:<4}  {'-' if b is None else b.size:>6}  {f.name}{dropout}"
+            )
         return "\n".join(
             [
-                f"{'/'.join(map(str, self.layers))} network, {self.L} layers, {self.precision}, "
+                f"{'/'.join(map(str, self.layers))} network, {self.L} layer{'s' * (self.L > 1)}, {self.precision}, "
                 f"on {self.backend.name} ({self.backend.device})",
                 *rows,
-                f"{weights} weights + {biases} biases = {self.parameter_count} parameters",
+                f"N_w + N_b = {weights} weights + {biases} biases = {self.parameter_count} parameters",
             ]
         )
 
     def __repr__(self) -> str:
         return (
             f"Network({self.layers}, hidden={self.hidden!r}, output={self.output!r}, init={self.init!r}, "
-            f"bias={self.bias}, precision={self.precision!r}, seed={self.seed}, backend={self.backend.name!r})"
+            f"bias={self.bias}, precision={self.precision!r}, seed={self.seed}, backend={self.backend.name!r}"
+            + (f", dropout={self.dropout!r})" if any(self.rates) else ")")
         )
 
     def forward(self, X: Any) -> Array:
@@ -281,47 +391,113 @@ class Network:
             )
         return self.forward(X)
 
-    def gradients(self, X: Any, T: Any, cost: str | None = None) -> dict[str, Any]:
-        """The gradient of the mean cost at theta: {"W": [None, dW1, ...], "b": [None, db1, ...], "cost": C}.
+    def gradients(
+        self,
+        X: Any,
+        T: Any,
+        cost: Cost | str | None = None,
+        *,
+        reduction: str = "mean",
+        sample_weight: Any = None,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        label_smoothing: float = 0.0,
+        dropout: tuple[int, int] | None = None,
+    ) -> dict[str, Any]:
+        """The gradient of the cost at theta: {"W": [None, dW1, ...], "b": [None, db1, ...], "cost": C}.
 
-        T: labels (m,), rows (m, K), or (m,) where K = 1; `cost` by name, None for the canonical one. Fresh copies, as
-        the kind of array that X is. Raises DataError, ConfigError.
+        T: labels (m,), rows (m, K), or (m,) where K = 1; `cost` as it is or by name, None for the canonical one. With
+        weights w (m,) of the samples, 1 where none are given, C is sum w_i C_i / sum w_i for `reduction` "mean"
+        (source 5) and sum w_i C_i for "sum" (source 3); l1 and l2 add penalties (see `Regularization`),
+        `label_smoothing` smooths the targets (see `Cost.smoothed`), `dropout` = (seed, step) drops what that training
+        step would drop. Fresh copies, as the kind of array that X is. Raises DataError, ConfigError.
         """
-        page = self._page(X, T, cost, keep_Z=False)
+        page = self._page(
+            X, T, cost, reduction, sample_weight, Regularization(l1, l2), label_smoothing, dropout, keep_Z=False
+        )
         return {"W": page["dW"], "b": page["db"], "cost": page["cost"]}
 
-    def backward(self, X: Any, T: Any, cost: str | None = None) -> dict[str, Any]:
+    def backward(
+        self,
+        X: Any,
+        T: Any,
+        cost: Cost | str | None = None,
+        *,
+        reduction: str = "mean",
+        sample_weight: Any = None,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        label_smoothing: float = 0.0,
+        dropout: tuple[int, int] | None = None,
+    ) -> dict[str, Any]:
         """Everything on the page of equations: lists "Z", "A", "Delta", "W" (= dW), "b" (= db), and "cost".
 
-        Index 0 of a list is None, but A[0] = X. Delta is the page's: of each sample, not averaged. Shapes (m, N_l), a
-        sample a row. Otherwise as `gradients`.
+        Index 0 of a list is None, but A[0] = X. Delta is the page's: of each sample, neither averaged nor weighted.
+        Shapes (m, N_l), a sample a row. Otherwise as `gradients`.
         """
-        page = self._page(X, T, cost, keep_Z=True)
+        page = self._page(
+            X, T, cost, reduction, sample_weight, Regularization(l1, l2), label_smoothing, dropout, keep_Z=True
+        )
         return {"W": page["dW"], "b": page["db"], **{k: page[k] for k in ("cost", "Z", "A", "Delta")}}
 
-    def _page(self, X: Any, T: Any, cost: str | None, keep_Z: bool) -> dict[str, Any]:
-        chosen = choose_cost(cost, self.output)
+    def _page(
+        self,
+        X: Any,
+        T: Any,
+        cost: Cost | str | None,
+        reduction: str,
+        sample_weight: Any,
+        penalties: Regularization,
+        label_smoothing: float,
+        draw: tuple[int, int] | None,
+        keep_Z: bool,
+    ) -> dict[str, Any]:
+        chosen = choose_cost(cost, self.output).smoothed(label_smoothing)
+        check_reduction(reduction)
         data = inputs.features(X, self.layers[0], self.dtype)
         m = len(data)
         wanted = inputs.targets(T, m, self.layers[-1], chosen.name, self.dtype)
+        weights = inputs.sample_weights(sample_weight, m, self.dtype)
         be = self.backend
         with be.active(), np.errstate(all="ignore"):
-            batch = Batch(self, m, gradient=True, keep_Z=keep_Z)
+            batch = Batch(self, m, gradient=True, keep_Z=keep_Z, draw=draw)
             flat = be.zeros(self.theta.size, self.dtype)
-            gradient = Views(flat, self.layers, self.bias)
+            gradient = Views(flat, self.layers, self.biased)
+            wanted = be.asarray(wanted)
+            w: Any = 1.0 / m if reduction == "mean" else 1.0
+            if weights is not None:
+                w = be.asarray(weights)
+                if reduction == "mean":
+                    w = be.xp.empty_like(w)
+                    be.ops.share(be.asarray(weights), w)
             be.ops.gather(be.asarray(data), slice(0, m), batch.A[0])
             forward(be.ops, self, batch)
-            backward(be.ops, self, batch, be.asarray(wanted), chosen, gradient)
-            value = float(batch.C.mean(dtype=np.float64))
-            page: dict[str, Sequence[Any]] = {"dW": gradient.W, "db": gradient.b}
+            page: dict[str, Any] = {}
+            if keep_Z:
+                backward(be.ops, self, batch, wanted, 1.0, chosen, gradient)  # for the Deltas without w
+                page["Delta"] = [None if D is None else D.copy() for D in batch.Delta]
+            backward(be.ops, self, batch, wanted, w, chosen, gradient)
+            value = float((batch.C * be.xp.asarray(w, np.float64)).sum(dtype=np.float64))
+            if penalties:
+                is_weight = self.weight_mask()
+                value += penalties.penalty(be.xp, self.theta, is_weight)
+                penalties.apply(be.ops, self.theta, is_weight, flat)
+            page.update(dW=gradient.W, db=gradient.b)
             if keep_Z:
                 outputs = be.xp.empty_like(batch.Z[-1])
                 be.ops.output(self.g, batch.Z[-1], outputs)
-                page.update(Z=batch.Z, A=[*batch.A, outputs], Delta=[None] + [D * m for D in batch.Delta[1:]])
+                page.update(Z=batch.Z, A=[*batch.A, outputs])
         return {
             "cost": value,
             **{k: [None if a is None else backends.as_kind_of(X, a) for a in v] for k, v in page.items()},
         }
+
+    def weight_mask(self) -> Array:
+        """A vector like theta, 1 at every weight, 0 at biases and between tensors."""
+        mask = self.backend.zeros(self.theta.size, self.dtype)
+        for W in Views(mask, self.layers, self.biased).W[1:]:
+            W[...] = 1
+        return mask
 
     def _scores(self, X: Any, output: bool) -> Array:
         """A[L] or, without the output function, Z[L], in chunks that bound the memory."""
@@ -356,6 +532,67 @@ def natural_task(g: Activation, K: int) -> str:
     if g.name == "sigmoid":
         return "binary" if K == 1 else "multilabel"
     return "regression"
+
+
+def check_reduction(reduction: str) -> None:
+    """ConfigError unless it is one of `costs.REDUCTIONS`."""
+    lookup("reduction", reduction, dict.fromkeys(REDUCTIONS))
+
+
+def _specs(layers: Any) -> list[Layer]:
+    """Each entry of `layers` as a Layer; the first says no more than its width."""
+    try:
+        specs = [layer if isinstance(layer, Layer) else Layer(layer) for layer in layers]
+    except TypeError:
+        raise ConfigError(f"layers is {layers!r}", "give all widths as integers, such as [784, 100, 10]") from None
+    if specs and specs[0] != Layer(specs[0].width):
+        raise ConfigError("the first layer is the input: it has no settings", "give its width alone")
+    return specs
+
+
+def _per_layer(what: str, value: Any, own: list[Any], convert: Callable[[Any], Any]) -> list[Any]:
+    """One converted entry a layer: the layer's own, or else that of `value`, one for all or a list."""
+    if isinstance(value, Sequence) and not isinstance(value, (str, Activation)):
+        if len(value) != len(own):
+            raise ConfigError(
+                f"{what} has {len(value)} entries for {len(own)} layers", "give one value, or one a layer"
+            )
+        values = list(value)
+    else:
+        values = [convert(value)] * len(own)
+    return [convert(v if o is None else o) for v, o in zip(values, own, strict=True)]
+
+
+def _alike(values: list[Any]) -> Any:
+    """The value that all layers have, else the list."""
+    return values[0] if values and values.count(values[0]) == len(values) else list(values)
+
+
+def _function(what: str, f: Any, table: dict[str, Activation]) -> Activation:
+    if isinstance(f, Activation):
+        if table is HIDDEN and not f.elementwise:
+            f = f.name
+        else:
+            return f
+    if f == SOFTMAX.name and table is HIDDEN:
+        raise ConfigError(
+            "softmax acts on whole rows, so it is no hidden activation", f"use one of {', '.join(HIDDEN)}"
+        )
+    return lookup(what, f, table)
+
+
+def _rate(value: Any) -> float:
+    return number("layer", "dropout", value, high=1.0)
+
+
+def _initializer(name: Any) -> str:
+    lookup("initialiser", name, INITIALIZERS)
+    return str(name)
+
+
+def _layer_text(net: Network, l: int) -> str:
+    f = net.f[l] if l < net.L else net.g
+    return f"{' x '.join(map(str, net.W[l].shape))} {f.name}{'' if net.biased[l - 1] else ' without bias'}"
 
 
 def _widths(layers: Any) -> list[int]:

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import numpy as xp  # the array module, under the name that code for both backends uses
 
-from . import costs
+from . import costs, dropout
 from .activations import Activation, Array
 from .costs import Cost
 from .optimizers import Optimizer, Slots
 
 __all__ = [
-    "affine", "affine_activate", "dot_targets", "gather", "gradients", "hidden_delta", "measure", "output",
-    "output_delta", "scratch", "subtract_targets", "update", "xp",
+    "affine", "affine_activate", "counting", "dot_targets", "drop", "gather", "gradients", "hidden_delta", "measure",
+    "output", "output_delta", "scratch", "share", "subtract_targets", "update", "xp",
 ]  # fmt: skip
 
 # Elements a block: of 2^13..2^18 and unblocked, best or near it for Adam on 0.4 M and 5.8 M float32 parameters (Zen 3).
@@ -45,6 +45,11 @@ def _kept(name: str, size: int, dtype: np.dtype[Any], make: Callable[..., Array]
     if key not in kept or kept[key].size < size:
         kept[key] = make(size, dtype=dtype)
     return kept[key][:size]
+
+
+def counting(n: int) -> Array:
+    """0, 1, ..., n - 1."""
+    return _kept("counting", n, np.dtype(np.intp), np.arange)
 
 
 def gather(data: Array, rows: Array | slice, out: Array) -> None:
@@ -79,21 +84,37 @@ def affine_activate(W: Array, A_below: Array, b: Array | None, f: Activation, Z:
         f.value(np, z, z if A is Z else A[rows], s)
 
 
+def drop(F: Array, rate: float, draw: tuple[int, int], layer: int, mask: Array, A: Array) -> None:
+    """mask = 1 / (1 - rate) or 0, drawn by (seed, step) and layer (see `dropout`); A = mask ⊙ F."""
+    dropout.fill_mask(sys.modules[__name__], rate, draw, layer, mask)
+    np.multiply(F, mask, out=A)
+
+
 def output(g: Activation, Z: Array, A: Array) -> None:
     """A = g(Z), for output functions, softmax over rows among them."""
     for rows, s in _row_blocks(Z):
         g.value(np, Z[rows], A[rows], s)
 
 
-def output_delta(cost: Cost, g: Activation, Z: Array, T: Array, weight: float, Delta: Array, C: Array) -> None:
-    """C = C_i of each sample, (m,); Delta = weight dC_i/dZ[L]. T: labels (m,) or rows (m, K)."""
+def share(w: Array, out: Array) -> None:
+    """out = w_i / sum w, the part of each sample in the mean cost; all 0 where w is."""
+    np.divide(w, max(w.sum(), np.finfo(w.dtype).tiny), out=out)
+
+
+def output_delta(cost: Cost, g: Activation, Z: Array, T: Array, w: float | Array, Delta: Array, C: Array) -> None:
+    """C = C_i of each sample, (m,); Delta = w_i dC_i/dZ[L], w (m,) or one number. T: labels (m,) or rows (m, K)."""
     costs.output_delta(sys.modules[__name__], cost, g, Z, T, Delta, C)
-    np.multiply(Delta, weight, out=Delta)
+    np.multiply(Delta, w if isinstance(w, float) else w.reshape(-1, 1), out=Delta)
 
 
-def hidden_delta(W: Array, Delta: Array, f: Activation, Z: Array, A: Array, out: Array) -> None:
-    """out = f'(Z) ⊙ (W^T Delta), where W and Delta are the layer above's; f' is taken from A or Z as f says."""
+def hidden_delta(W: Array, Delta: Array, f: Activation, Z: Array, A: Array, mask: Array | None, out: Array) -> None:
+    """out = f'(Z) ⊙ (W^T Delta), where W and Delta are the layer above's; f' is taken from A or Z as f says.
+
+    With dropout A = f(Z) is what was there before it, and out = mask ⊙ f'(Z) ⊙ (W^T Delta).
+    """
     np.matmul(Delta, W, out=out)
+    if mask is not None:
+        np.multiply(out, mask, out=out)
     if f.derivative is None:
         return
     K = Z if f.derivative_from == "Z" else A
@@ -109,8 +130,13 @@ def gradients(Delta: Array, A_below: Array, dW: Array, db: Array | None) -> None
         np.matmul(_kept("ones", len(Delta), Delta.dtype, np.ones), Delta, out=db)
 
 
-def measure(task: str, g: Activation, Z: Array, T: Array, C: Array, out: Array) -> None:
-    """out = [sum of the costs C, number of samples predicted right], two float64; see `Network.task` for the rules."""
+def measure(task: str, g: Activation, Z: Array, T: Array, C: Array, w: Array | None, out: Array) -> None:
+    """out = [sum of w_i C_i (w None: of C_i), number of samples predicted right], two float64.
+
+    See `Network.task` for what is right.
+    """
+    if w is not None:
+        C = np.multiply(w, C, out=scratch("weighted", C.shape, np.float64))
     out[0] = np.add.reduce(C, dtype=np.float64)
     if task == "labels":
         scores = Z
@@ -166,20 +192,22 @@ def dot_targets(T: Array, M: Array, out: Array) -> None:
         np.add.reduce(s, axis=1, out=out)
 
 
-def subtract_targets(M: Array, T: Array) -> None:
-    """M = M - T, in place; labels T stand for one-hot rows."""
+def subtract_targets(M: Array, T: Array, scale: float = 1.0) -> None:
+    """M = M - scale T, in place; labels T stand for one-hot rows."""
     if T.ndim == 1:
         flat, at = M.reshape(-1), _flat(T, M)
         picked = np.take(flat, at, out=scratch("targets 1", T.shape, M.dtype), mode="clip")
-        np.subtract(picked, 1, out=picked)
+        np.subtract(picked, scale, out=picked)
         np.put(flat, at, picked, mode="clip")
-    else:
+    elif scale == 1:
         np.subtract(M, T, out=M)
+    else:
+        np.subtract(M, np.multiply(T, scale, out=scratch("targets 0", M.shape, M.dtype)), out=M)
 
 
 def _flat(labels: Array, M: Array) -> Array:
     """The flat index of each row's label in M (m, K)."""
-    rows = _kept("rows", len(labels), np.dtype(np.intp), np.arange)
+    rows = counting(len(labels))
     at = np.multiply(rows, M.shape[1], out=scratch("flat", labels.shape, np.intp))
     return np.add(at, labels, out=at)
 

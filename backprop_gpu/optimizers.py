@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from . import specs
 from .activations import Array
 from .errors import ConfigError, lookup
 
@@ -32,6 +33,7 @@ class Optimizer:
     lr: float
 
     weight_decay = 0.0  # a field where the rule has it
+    eps = math.inf  # likewise
 
     @property
     def slots(self) -> int:
@@ -49,7 +51,14 @@ class Optimizer:
         raise NotImplementedError
 
     def check(self, dtype: np.dtype[Any]) -> None:
-        """ConfigError where a hyper-parameter does not survive in the dtype of theta."""
+        """ConfigError where the least eps of any step vanishes in the dtype of theta: 0 / 0 would follow."""
+        if self._least_eps() < np.finfo(dtype).tiny:
+            raise ConfigError(
+                f"{type(self).__name__}: eps {self.eps:g} vanishes in {dtype}", "give a larger eps; 1e-8 is usual"
+            )
+
+    def _least_eps(self) -> float:
+        return self.eps
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -70,14 +79,7 @@ class Optimizer:
     def _number(self, name: str, value: Any) -> float:
         """`value` as a Python float: any other kind would change the dtype of what it is multiplied with."""
         low, high, low_open = _RANGES[name]
-        try:
-            number = math.nan if isinstance(value, (str, bytes)) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if not (math.isfinite(number) and (low < number if low_open else low <= number) and number < high):
-            wanted = f"{'above' if low_open else 'from'} {low:g}" + ("" if math.isinf(high) else f" to below {high:g}")
-            raise ConfigError(f"{type(self).__name__}: {name} is {value!r}", f"give a finite number {wanted}")
-        return number
+        return specs.number(type(self).__name__, name, value, low, high, low_open)
 
 
 _RANGES = {  # lower end, upper end (excluded), whether the lower end is excluded too
@@ -85,7 +87,11 @@ _RANGES = {  # lower end, upper end (excluded), whether the lower end is exclude
     "momentum": (0.0, 1.0, False),
     "weight_decay": (0.0, math.inf, False),
     "betas": (0.0, 1.0, False),
+    "alpha": (0.0, 1.0, False),
+    "rho": (0.0, 1.0, False),
     "eps": (0.0, math.inf, True),
+    "lr_decay": (0.0, math.inf, False),
+    "momentum_decay": (0.0, math.inf, False),
 }
 
 
@@ -160,12 +166,8 @@ class Adam(Optimizer):
 
     decoupled: ClassVar[bool] = False
 
-    def check(self, dtype: np.dtype[Any]) -> None:
-        """ConfigError where eps' of the first step vanishes in the dtype of theta: 0 / 0 would follow."""
-        if self.coefficients(self.lr, 1)[2] < np.finfo(dtype).tiny:
-            raise ConfigError(
-                f"{type(self).__name__}: eps {self.eps:g} vanishes in {dtype}", "give a larger eps; 1e-8 is usual"
-            )
+    def _least_eps(self) -> float:
+        return self.coefficients(self.lr, 1)[2]
 
     @property
     def slots(self) -> int:
@@ -219,24 +221,309 @@ class AdamW(Adam):
     decoupled = True
 
 
+@dataclass(frozen=True)
+class AdaGrad(Optimizer):
+    """AdaGrad (Duchi, Hazan and Singer, 2011); G is the slot, t counts from 1. PyTorch's Adagrad, G starting at zero.
+
+        g <- g + weight_decay theta
+        G <- G + g^2
+        theta <- theta - lr / (1 + (t - 1) lr_decay) g / (sqrt(G) + eps)
+
+    On MNIST-sized networks @adagrad@ is a good start.
+    """
+
+    lr: float = 1e-2
+    lr_decay: float = 0.0
+    weight_decay: float = 0.0
+    eps: float = 1e-10
+
+    @property
+    def slots(self) -> int:
+        """One, G."""
+        return 1
+
+    def coefficients(self, lr: float, t: int) -> tuple[float, ...]:
+        """(the decayed lr,)."""
+        return (lr / (1 + (t - 1) * self.lr_decay),)
+
+    def apply(
+        self, xp: Any, theta: Array, g: Array, slots: Slots, c: tuple[float, ...], s: tuple[Array, Array]
+    ) -> None:
+        """One step, in place; g is only read."""
+        (G,), (rate,), k = slots, c, s[0]
+        if self.weight_decay:
+            g = _plus_decay(xp, g, self.weight_decay, theta, s[1])
+        xp.multiply(g, g, out=k)
+        xp.add(G, k, out=G)
+        xp.sqrt(G, out=k)
+        xp.add(k, self.eps, out=k)
+        xp.divide(g, k, out=k)
+        xp.multiply(k, rate, out=k)
+        xp.subtract(theta, k, out=theta)
+
+
+@dataclass(frozen=True)
+class RMSProp(Optimizer):
+    """RMSProp (Tieleman and Hinton, 2012), centered (Graves, 2013) and with momentum on request; PyTorch's RMSprop.
+
+        g <- g + weight_decay theta
+        v <- alpha v + (1 - alpha) g^2
+        a <- alpha a + (1 - alpha) g                         with centered, then v - a^2 takes the place of v below
+        b <- momentum b + g / (sqrt(v) + eps)
+        theta <- theta - lr b
+
+    Where rounding makes v - a^2 negative, it counts as 0 (PyTorch's root of it is not a number). Slots: v, then a
+    where centered, then b where there is momentum. On MNIST-sized networks @rmsprop@ is a good start.
+    """
+
+    lr: float = 1e-2
+    alpha: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    centered: bool = False
+
+    @property
+    def slots(self) -> int:
+        """v, and a with centered, and b with momentum."""
+        return 1 + self.centered + bool(self.momentum)
+
+    def coefficients(self, lr: float, t: int) -> tuple[float, ...]:
+        """(lr,)."""
+        return (lr,)
+
+    def apply(
+        self, xp: Any, theta: Array, g: Array, slots: Slots, c: tuple[float, ...], s: tuple[Array, Array]
+    ) -> None:
+        """One step, in place; g is only read."""
+        v, (lr,), k = slots[0], c, s[0]
+        if self.weight_decay:
+            g = _plus_decay(xp, g, self.weight_decay, theta, s[1])
+        _average_square(xp, v, g, self.alpha, k)
+        if self.centered:
+            a = slots[1]
+            xp.multiply(g, 1 - self.alpha, out=k)
+            xp.multiply(a, self.alpha, out=a)
+            xp.add(a, k, out=a)
+            xp.multiply(a, a, out=k)
+            xp.subtract(v, k, out=k)
+            v = xp.maximum(k, 0, out=k)
+        xp.sqrt(v, out=k)
+        xp.add(k, self.eps, out=k)
+        step = xp.divide(g, k, out=k)
+        if self.momentum:
+            b = slots[-1]
+            xp.multiply(b, self.momentum, out=b)
+            step = xp.add(b, k, out=b)
+        xp.multiply(step, lr, out=k)
+        xp.subtract(theta, k, out=theta)
+
+
+@dataclass(frozen=True)
+class AdaDelta(Optimizer):
+    """AdaDelta (Zeiler, 2012); v, D are the slots.
+
+        g <- g + weight_decay theta
+        v <- rho v + (1 - rho) g^2
+        d <- sqrt(D + eps) / sqrt(v + eps) g
+        D <- rho D + (1 - rho) d^2
+        theta <- theta - lr d
+
+    On MNIST-sized networks @adadelta@ is a good start.
+    """
+
+    lr: float = 1.0
+    rho: float = 0.9
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+
+    @property
+    def slots(self) -> int:
+        """v and D."""
+        return 2
+
+    def coefficients(self, lr: float, t: int) -> tuple[float, ...]:
+        """(lr,)."""
+        return (lr,)
+
+    def apply(
+        self, xp: Any, theta: Array, g: Array, slots: Slots, c: tuple[float, ...], s: tuple[Array, Array]
+    ) -> None:
+        """One step, in place; g is only read."""
+        (v, D), (lr,), (d, k) = slots, c, s
+        if self.weight_decay:
+            g = _plus_decay(xp, g, self.weight_decay, theta, k)
+        _average_square(xp, v, g, self.rho, d)
+        xp.add(v, self.eps, out=d)
+        xp.sqrt(d, out=d)
+        xp.divide(g, d, out=d)  # the last use of g, so k is free
+        xp.add(D, self.eps, out=k)
+        xp.sqrt(k, out=k)
+        xp.multiply(d, k, out=d)
+        _average_square(xp, D, d, self.rho, k)
+        xp.multiply(d, lr, out=d)
+        xp.subtract(theta, d, out=theta)
+
+
+@dataclass(frozen=True)
+class NAdam(Optimizer):
+    """Adam with Nesterov's momentum (Dozat, 2016); m, v are the slots, t counts from 1.
+
+        g <- g + weight_decay theta
+        mu_t = beta1 (1 - 0.96^(t momentum_decay) / 2),    M_t = mu_1 mu_2 ... mu_t
+        m <- beta1 m + (1 - beta1) g
+        v <- beta2 v + (1 - beta2) g^2
+        n = mu_(t+1) m / (1 - M_(t+1)) + (1 - mu_t) g / (1 - M_t)
+        theta <- theta - lr n / (sqrt(v / (1 - beta2^t)) + eps)
+
+    On MNIST-sized networks @nadam@ is a good start.
+    """
+
+    lr: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum_decay: float = 4e-3
+
+    _last: ClassVar[tuple[int, float]] = (0, 1.0)  # (t, M_t) of the last call, on the object: see _product
+
+    def _least_eps(self) -> float:
+        return self.coefficients(self.lr, 1)[3]
+
+    @property
+    def slots(self) -> int:
+        """m and v."""
+        return 2
+
+    def coefficients(self, lr: float, t: int) -> tuple[float, ...]:
+        """Factors of m and of g, rate and eps', where the step is rate (factor m + factor g) / (sqrt(v) + eps')."""
+        M, next_mu = self._product(t), self._mu(t + 1)
+        root = math.sqrt(1 - self.betas[1] ** t)
+        return next_mu / (1 - M * next_mu), (1 - self._mu(t)) / (1 - M), lr * root, self.eps * root
+
+    def _mu(self, t: int) -> float:
+        return self.betas[0] * (1 - 0.5 * 0.96 ** (t * self.momentum_decay))
+
+    def _product(self, t: int) -> float:
+        """M_t, multiplied in the order 1..t from wherever it starts, so that the bits are the same; one factor a step.
+
+        What is remembered is replaced as a whole, and so is right in every thread.
+        """
+        at, M = self._last if self._last[0] <= t else (0, 1.0)
+        while at < t and M > 0:
+            at += 1
+            M *= self._mu(at)
+        object.__setattr__(self, "_last", (t, M))
+        return M
+
+    def apply(
+        self, xp: Any, theta: Array, g: Array, slots: Slots, c: tuple[float, ...], s: tuple[Array, Array]
+    ) -> None:
+        """One step, in place; g is only read."""
+        (m, v), (of_m, of_g, rate, eps), (k, n) = slots, c, s
+        beta1, beta2 = self.betas
+        if self.weight_decay:
+            g = _plus_decay(xp, g, self.weight_decay, theta, n)
+        xp.subtract(g, m, out=k)
+        xp.multiply(k, 1 - beta1, out=k)
+        xp.add(m, k, out=m)
+        _average_square(xp, v, g, beta2, k)
+        xp.multiply(g, of_g, out=n)  # g may be n
+        xp.multiply(m, of_m, out=k)
+        xp.add(n, k, out=n)
+        xp.sqrt(v, out=k)
+        xp.add(k, eps, out=k)
+        xp.divide(n, k, out=n)
+        xp.multiply(n, rate, out=n)
+        xp.subtract(theta, n, out=theta)
+
+
+@dataclass(frozen=True)
+class Lion(Optimizer):
+    """Lion (Chen et al., 2023, "Symbolic discovery of optimization algorithms"); m is the slot, sign(0) = 0.
+
+        c = beta1 m + (1 - beta1) g
+        theta <- theta - lr (sign(c) + weight_decay theta)
+        m <- beta2 m + (1 - beta2) g
+
+    On MNIST-sized networks @lion@ is a good start.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+
+    @property
+    def slots(self) -> int:
+        """One, m."""
+        return 1
+
+    def coefficients(self, lr: float, t: int) -> tuple[float, ...]:
+        """(1 - lr weight_decay, lr)."""
+        return 1 - lr * self.weight_decay, lr
+
+    def apply(
+        self, xp: Any, theta: Array, g: Array, slots: Slots, c: tuple[float, ...], s: tuple[Array, Array]
+    ) -> None:
+        """One step, in place; g is only read."""
+        (m,), (decay, lr), (k, n) = slots, c, s
+        beta1, beta2 = self.betas
+        xp.multiply(m, beta1, out=k)
+        xp.multiply(g, 1 - beta1, out=n)
+        xp.add(k, n, out=k)
+        xp.sign(k, out=k)
+        xp.multiply(k, lr, out=k)
+        if self.weight_decay:
+            xp.multiply(theta, decay, out=theta)
+        xp.subtract(theta, k, out=theta)
+        xp.multiply(g, 1 - beta2, out=n)
+        xp.multiply(m, beta2, out=m)
+        xp.add(m, n, out=m)
+
+
 def _plus_decay(xp: Any, g: Array, weight_decay: float, theta: Array, out: Array) -> Array:
     xp.multiply(theta, weight_decay, out=out)
     return xp.add(g, out, out=out)
 
 
-# By name: the learning rate where none is given, which suits MNIST-sized networks; the rule at a learning rate.
-OPTIMIZERS: dict[str, tuple[float, Callable[[float], Optimizer]]] = {
+def _average_square(xp: Any, v: Array, g: Array, beta: float, s: Array) -> None:
+    """v <- beta v + (1 - beta) g^2."""
+    xp.multiply(g, g, out=s)
+    xp.multiply(s, 1 - beta, out=s)
+    xp.multiply(v, beta, out=v)
+    xp.add(v, s, out=v)
+
+
+# By name: the learning rate where none is given, which suits MNIST-sized networks; the maker of the rule, whose
+# parameters are the settings that the name takes.
+OPTIMIZERS: dict[str, tuple[float, Callable[..., Optimizer]]] = {
     "sgd": (0.3, SGD),
-    "momentum": (0.1, lambda lr: SGD(lr, momentum=0.9)),
-    "nesterov": (0.1, lambda lr: SGD(lr, momentum=0.9, nesterov=True)),
+    "momentum": (0.1, lambda lr, momentum=0.9, weight_decay=0.0: SGD(lr, momentum, False, weight_decay)),
+    "nesterov": (0.1, lambda lr, momentum=0.9, weight_decay=0.0: SGD(lr, momentum, True, weight_decay)),
+    "adagrad": (0.01, AdaGrad),
+    "rmsprop": (1e-3, RMSProp),
+    "adadelta": (1.0, AdaDelta),
     "adam": (2e-3, Adam),
+    "amsgrad": (
+        2e-3,
+        lambda lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0: Adam(lr, betas, eps, True, weight_decay),
+    ),
     "adamw": (2e-3, AdamW),
+    "nadam": (2e-3, NAdam),
+    "lion": (1e-4, Lion),
 }
 
 
 def choose_optimizer(optimizer: Optimizer | str, lr: float | None = None) -> Optimizer:
-    """An optimizer as it is, or one by name at lr (None: the name's usual one)."""
+    """An optimizer as it is, or one by name or NAME:key=value,... at lr (None: the name's usual one).
+
+    Raises ConfigError for an unknown name or setting, a value out of range, and lr both in the text and beside it.
+    """
     if isinstance(optimizer, Optimizer):
         return optimizer
-    usual, rule = lookup("optimizer", optimizer, OPTIMIZERS)
-    return rule(usual if lr is None else lr)
+    name, settings = specs.parse("optimizer", optimizer)
+    usual, rule = lookup("optimizer", name, OPTIMIZERS)
+    given = specs.values(f"optimizer {name}", settings, rule)
+    if lr is not None and "lr" in given:
+        raise ConfigError(f"the optimizer {optimizer!r} is given lr {lr!r} too", "give the learning rate in one place")
+    return rule(**{"lr": usual if lr is None else lr, **given})

@@ -20,23 +20,30 @@ import numpy as np
 from . import inputs
 from .activations import Array
 from .backend import to_host
-from .batches import check_seed, epoch_order, steps_per_epoch
+from .batches import KINDS, check_seed, epoch_plan, split_off, steps_per_epoch
 from .checkpoint import check_target, save_network
 from .costs import Cost, choose_cost
-from .errors import ConfigError, DataError, DivergenceError
-from .executors import Eager
-from .network import Network, forward_chunks, natural_task
+from .errors import ConfigError, DataError, DivergenceError, lookup
+from .executors import Eager, Problem
+from .network import CHUNK_ROWS, Batch, Network, Views, backward, check_reduction, forward, forward_chunks, natural_task
 from .optimizers import Adam, Optimizer, choose_optimizer
+from .regularization import Regularization
 from .schedules import Schedule, choose_schedule
+from .specs import number
 
 
 @dataclass
 class History:
     """What happened, one entry an epoch in each list.
 
-    `train_cost`, `train_accuracy`: means over the epoch's training steps, each step measured before its update.
-    `validation_cost`, `validation_accuracy`: after the epoch. Accuracies are None for regression, validation without
-    data. `lr`: of the epoch's last step. `steps`: done so far. `seconds`: the epoch's wall time, validation left out.
+    `train_cost`, `train_accuracy`: means over the epoch's training steps, each step measured before its update (with
+    reduction "sum" the sum of the costs), without penalties. `validation_cost`, `validation_accuracy`: after the epoch.
+    Accuracies are None for regression, validation without data. `gradient_norms`: where asked for, ||dC/dW[l]|| of each
+    layer l = 1..L, of the gradient over all the training data after the epoch. `lr`: of the epoch's last step. `steps`:
+    done so far. `seconds`: the epoch's wall time, validation and gradient norms left out.
+
+    `stopped` says why the run ended: "epochs", "gradient", "still", "patience", "time" or "callback". `best_epoch` is
+    the one whose parameters the network has, where `patience` was given.
     """
 
     epoch: list[int] = field(default_factory=list)
@@ -47,6 +54,9 @@ class History:
     lr: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    gradient_norms: list[list[float] | None] = field(default_factory=list)
+    stopped: str | None = None
+    best_epoch: int | None = None
 
     def __len__(self) -> int:
         """How many epochs."""
@@ -88,24 +98,55 @@ def train(
     net: Network,
     X: Any,
     T: Any,
-    cost: str | None = None,
+    cost: Cost | str | None = None,
     optimizer: Optimizer | str = Adam(),  # noqa: B008 - frozen, no state
     schedule: Schedule | str | None = None,
     epochs: int = 10,
-    batch_size: int = BATCH_SIZE,
-    validation: tuple[Any, Any] | None = None,
+    batch_size: int | str = BATCH_SIZE,
+    validation: tuple[Any, Any] | float | None = None,
     callbacks: Sequence[Callback] = (),
     seed: int = 0,
     save: str | os.PathLike[str] | None = None,
+    *,
+    reduction: str = "mean",
+    sample_weight: Any = None,
+    class_weight: Any = None,
+    l1: float = 0.0,
+    l2: float = 0.0,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    label_smoothing: float = 0.0,
+    batches: str = "shuffled",
+    frozen: int = 0,
+    patience: int | None = None,
+    gradient_tolerance: float | None = None,
+    parameter_tolerance: float | None = None,
+    time_limit: float | None = None,
+    gradient_norms: bool = False,
 ) -> History:
     """Train `net` in place on X (m, N_0) and T, and return the history.
 
     X, T: see `Network.forward` and `Network.gradients`; NumPy data that fits the network's dtype (or is uint8) is used
-    where it lies, on a GPU it is copied to the device once. `cost`, `optimizer`, `schedule`: as they are, or by name,
-    an optimizer then at the learning rate of `optimizers.OPTIMIZERS`. The schedule's factor multiplies the optimizer's
-    lr. Each epoch visits the samples in a fresh order drawn from (seed, epoch); the last, smaller batch is kept, its
-    mean taken over its own size. A batch_size above the number of samples means all of them, with a warning unless it
-    is the default. A second call starts with fresh slots.
+    where it lies, on a GPU it is copied to the device once. `cost`, `optimizer`, `schedule`: as they are, or by name
+    with settings ("huber:delta=0.5", "sgd:momentum=0.9", "step:every=0.25"), an optimizer without lr at that of
+    `optimizers.OPTIMIZERS`. The schedule's factor multiplies the optimizer's lr.
+
+    Batches: each epoch visits every sample once, in a fresh order drawn from (seed, epoch), in batches of `batch_size`
+    or "full" ones; the last, smaller one is kept. `batches`: "shuffled", or as in `batches.epoch_plan`. A batch_size
+    above the number of samples means all of them, with a warning unless it is the default.
+
+    The cost of a batch is sum w_i C_i / sum w_i over its samples, or sum w_i C_i with `reduction` "sum"; w_i is
+    `sample_weight` (m,) times the weight of the sample's class (`class_weight`: "balanced", a mapping from label, or
+    K numbers), 1 where neither is given. `l1`, `l2`, `clip_norm`, `clip_value`: see `Regularization`;
+    `label_smoothing`: see `Cost.smoothed`; none of them counts in the costs of validation.
+    The first `frozen` layers keep their parameters (source 5, "Neural Networks": pre-processing layers).
+
+    `validation`: (X, T), or the share of the samples to split off at random, drawn from the seed. The run ends after
+    `epochs`, or after an epoch
+    - at which the norm of the whole gradient, over all the training data, is at most `gradient_tolerance` (source 4),
+    - in which no parameter has moved by more than `parameter_tolerance`; 0 is while(theta^(i+1) != theta^i) (source 3),
+    - that is the `patience`-th without a lower validation cost; the parameters of the best epoch are restored,
+    or after the step in which `time_limit` (seconds) has passed. A second call starts with fresh slots.
 
     `callbacks`: functions called with the `Run` after every epoch, or objects whose method `on_step` is called with it
     after every step; an object may be both. `save`: where to write the network when training is over or stopped.
@@ -115,13 +156,38 @@ def train(
     outcome of a step is not finite, with the network as it was before it; CheckpointError when `save` cannot be
     written.
     """
+    began = time.perf_counter()
     chosen = choose_cost(cost, net.output)
+    smoothed = chosen.smoothed(label_smoothing)
     rule, factor = choose_optimizer(optimizer), choose_schedule(schedule)
-    epochs, batch_size = _positive("epochs", epochs), _positive("batch_size", batch_size)
-    seed = check_seed(seed)
+    regularization = Regularization(l1, l2, clip_norm, clip_value)
+    check_reduction(reduction)
+    lookup("kind of batches", batches, dict.fromkeys(KINDS))
+    epochs, seed = _positive("epochs", epochs), check_seed(seed)
+    frozen = _frozen(net, frozen)
+    patience = None if patience is None else _positive("patience", patience)
+    if patience is not None and validation is None:
+        raise ConfigError("patience without validation data", "pass validation=(X, T), or a fraction to split off")
+    limits = {"gradient_tolerance": gradient_tolerance, "parameter_tolerance": parameter_tolerance}
+    for name, limit in (*limits.items(), ("time_limit", time_limit)):
+        if limit is not None:
+            number("train", name, limit, low_open=name == "time_limit")
     data, wanted, task = _checked(net, X, T, chosen)
-    held_out = None if validation is None else _checked(net, *_pair(validation), chosen)
+    weights = inputs.sample_weights(sample_weight, len(data), net.dtype)
+    if class_weight is not None:
+        by_class = inputs.class_weights(class_weight, wanted, net.layers[-1])
+        weights = inputs.sample_weights(by_class if weights is None else weights * by_class, len(data), net.dtype)
+    held_out: Any = None
+    if isinstance(validation, (tuple, list)) or (validation is not None and not _is_number(validation)):
+        held_out = *_checked(net, *_pair(validation), chosen), None
+    elif validation is not None:
+        share = number("train", "validation", validation, high=1.0, low_open=True)
+        stay, held = split_off(len(data), share, seed)
+        held_out = data[held], wanted[held], task, None if weights is None else weights[held]
+        data, wanted = data[stay], wanted[stay]
+        weights = None if weights is None else inputs.sample_weights(weights[stay], len(stay), net.dtype)
     n = len(data)
+    batch_size = n if batch_size == "full" else _positive("batch_size", batch_size)
     if batch_size > n:
         if batch_size != BATCH_SIZE:
             warnings.warn(f"batch_size {batch_size} is more than the {n} samples: each batch holds all", stacklevel=2)
@@ -134,17 +200,34 @@ def train(
     run = Run(net, epochs, steps, history)
     on_step, on_epoch = _hooks(callbacks)
     with _saved_if_stopped(run, save), _alone(net), be.active(), _WholeSteps() as whole_steps:
-        executor = Eager(net, chosen, task, rule, be.asarray(data), be.asarray(wanted), batch_size)
+        problem = Problem(
+            net,
+            smoothed,
+            task,
+            be.asarray(data),
+            be.asarray(wanted),
+            None if weights is None else be.asarray(weights),
+            reduction,
+            regularization,
+            frozen,
+        )
+        executor = Eager(problem, rule, batch_size, seed)
         if held_out is not None:
-            held_out = be.asarray(held_out[0]), be.asarray(held_out[1]), held_out[2]
-        net.cost, net.task = chosen.name, _task(net, wanted)
+            held_out = tuple(be.asarray(a) if hasattr(a, "dtype") else a for a in held_out)
+        net.criterion, net.task = chosen, _task(net, wanted)
         measured = be.zeros(2 * steps, np.dtype(np.float64)).reshape(steps, 2)
+        best = _Best(net, patience)
         for run.epoch in range(1, epochs + 1):
             start = time.perf_counter()
-            order = be.asarray(epoch_order(n, seed, run.epoch))
+            host_order, ends = epoch_plan(batches, n, batch_size, seed, run.epoch)
+            order = be.asarray(host_order)
+            watched = history.validation_cost if held_out is not None else history.train_cost
+            scheduled = factor.during(list(watched)) if hasattr(factor, "during") else factor
+            before = None if parameter_tolerance is None else net.theta.copy()
+            late = False
             for i in range(steps):
-                lr = _lr(rule.lr, factor, run.step, epochs * steps)
-                rows = order[i * batch_size : (i + 1) * batch_size]
+                lr = _lr(rule.lr, scheduled, run.step, epochs * steps)
+                rows = order[ends[i] : ends[i + 1]]
                 run.whole = False
                 applied = executor.step(rows, lr, run.step + 1, measured[i])
                 if applied:
@@ -155,56 +238,166 @@ def train(
                 for call in on_step:
                     _call(call, run)
                 whole_steps.deliver()
-            cost_sum, right = to_host(measured).sum(axis=0)  # the host waits for the device here, once an epoch
+                late = time_limit is not None and time.perf_counter() - began > time_limit
+                if late:
+                    break
+            cost_sum, right = to_host(measured)[: i + 1].sum(axis=0)  # the host waits for the device here
             if diverged := int(executor.diverged[0]):
-                raise DivergenceError(run.epoch, diverged, _lr(rule.lr, factor, diverged - 1, epochs * steps))
+                raise DivergenceError(run.epoch, diverged, _lr(rule.lr, scheduled, diverged - 1, epochs * steps))
             history.seconds.append(time.perf_counter() - start)
+            seen = host_order[: ends[i + 1]]
             history.epoch.append(run.epoch)
-            history.train_cost.append(float(cost_sum) / n)
-            history.train_accuracy.append(None if task == "regression" else float(right) / n)
-            after = None if held_out is None else _evaluate(net, *held_out, chosen)
+            history.train_cost.append(float(cost_sum) / _whole(weights, seen, reduction))
+            history.train_accuracy.append(None if task == "regression" else float(right) / len(seen))
+            after = None
+            if held_out is not None:
+                Xv, Tv, task_v, w_v = held_out
+                after = _evaluate(net, Xv, Tv, task_v, w_v, chosen, reduction)
             history.validation_cost.append(after.cost if after else None)
             history.validation_accuracy.append(after.accuracy if after else None)
             history.lr.append(run.lr)
             history.steps.append(run.step)
+            norms = None
+            if gradient_norms or gradient_tolerance is not None:
+                norms = _gradient_norms(problem, _whole(weights, np.arange(n), reduction))
+            history.gradient_norms.append(norms.layers if norms and gradient_norms else None)
             for call in on_epoch:
                 _call(call, run)
             whole_steps.deliver()
             if run.stop:
+                history.stopped = "callback"
+            elif norms and gradient_tolerance is not None and norms.whole <= gradient_tolerance:
+                history.stopped = "gradient"
+            elif before is not None and float(abs(net.theta - before).max()) <= float(parameter_tolerance or 0):
+                history.stopped = "still"
+            elif not best.goes_on(run.epoch, after):
+                history.stopped = "patience"
+            elif late:
+                history.stopped = "time"
+            if history.stopped:
                 break
+        history.stopped = history.stopped or "epochs"
+        history.best_epoch = best.restore()
     if save is not None:
         save_network(net, save)
     return history
 
 
-def evaluate(net: Network, X: Any, T: Any, cost: str | None = None) -> Evaluation:
+def evaluate(
+    net: Network,
+    X: Any,
+    T: Any,
+    cost: Cost | str | None = None,
+    *,
+    reduction: str = "mean",
+    sample_weight: Any = None,
+) -> Evaluation:
     """Mean cost and accuracy of `net` on X and T, as in `train`. `cost` None is the one the network was trained with.
 
-    Raises DataError, ConfigError.
+    `reduction`, `sample_weight` as in `Network.gradients`; the accuracy counts every sample alike. Raises DataError,
+    ConfigError.
     """
-    chosen = choose_cost(cost or net.cost, net.output)
+    chosen = net.criterion if cost is None else choose_cost(cost, net.output)
+    check_reduction(reduction)
     data, wanted, task = _checked(net, X, T, chosen)
+    weights = inputs.sample_weights(sample_weight, len(data), net.dtype)
     be = net.backend
     with be.active():
-        return _evaluate(net, data, be.asarray(wanted), task, chosen)
+        on_device = None if weights is None else be.asarray(weights)
+        return _evaluate(net, data, be.asarray(wanted), task, on_device, chosen, reduction)
 
 
-def check_data(net: Network, X: Any, T: Any, cost: str | None = None) -> None:
+def check_data(net: Network, X: Any, T: Any, cost: Cost | str | None = None) -> None:
     """Raise what `train` and `evaluate` would raise for X, T and `cost` (None: the canonical one); else do nothing."""
     _checked(net, X, T, choose_cost(cost, net.output))
 
 
-def _evaluate(net: Network, data: Array, wanted: Array, task: str, cost: Cost) -> Evaluation:
+def _evaluate(
+    net: Network, data: Array, wanted: Array, task: str, weights: Array | None, cost: Cost, reduction: str
+) -> Evaluation:
     be, n = net.backend, len(data)
     totals = []
     with np.errstate(all="ignore"):
         for rows, batch in forward_chunks(net, data):
-            Z, T = batch.Z[-1], wanted[rows]
+            Z, T, w = batch.Z[-1], wanted[rows], None if weights is None else weights[rows]
             be.ops.output_delta(cost, net.g, Z, T, 1.0, batch.Delta[-1], batch.C)
             totals.append(be.zeros(2, np.dtype(np.float64)))
-            be.ops.measure(task, net.g, Z, T, batch.C, totals[-1])
+            be.ops.measure(task, net.g, Z, T, batch.C, w, totals[-1])
     cost_sum, right = np.sum([to_host(t) for t in totals], axis=0)
-    return Evaluation(float(cost_sum) / n, None if task == "regression" else float(right) / n)
+    whole = _whole(None if weights is None else to_host(weights), np.arange(n), reduction)
+    return Evaluation(float(cost_sum) / whole, None if task == "regression" else float(right) / n)
+
+
+def _whole(weights: np.ndarray | None, rows: np.ndarray, reduction: str) -> float:
+    """What the sum of the weighted costs of these samples is divided by."""
+    if reduction == "sum":
+        return 1.0
+    return float(len(rows)) if weights is None else float(weights[rows].sum(dtype=np.float64)) or 1.0
+
+
+class _Norms(NamedTuple):
+    """Of a gradient: of dC/dW[l] for l = 1..L, and of the whole of what is trained."""
+
+    layers: list[float]
+    whole: float
+
+
+def _gradient_norms(problem: Problem, whole: float) -> _Norms:
+    """Of the gradient over all the data at theta, without dropout; `whole` is what its cost is divided by."""
+    net, be, n = problem.net, problem.net.backend, len(problem.data)
+    total, flat = (be.zeros(net.theta.size, net.dtype) for _ in range(2))
+    views = Views(flat, net.layers, net.biased)
+    all_rows = Batch(net, min(n, CHUNK_ROWS), gradient=True)
+    with np.errstate(all="ignore"):
+        for i in range(0, n, CHUNK_ROWS):
+            rows = slice(i, min(i + CHUNK_ROWS, n))
+            batch = all_rows.first(rows.stop - i)
+            be.ops.gather(problem.data, rows, batch.A[0])
+            forward(be.ops, net, batch)
+            w = 1 / whole if problem.weights is None else problem.weights[rows] / whole
+            backward(be.ops, net, batch, problem.wanted[rows], w, problem.cost, views)
+            total += flat
+        penalties = Regularization(problem.regularization.l1, problem.regularization.l2)
+        if penalties:
+            penalties.apply(be.ops, net.theta, net.weight_mask(), total)
+        sums = Views(total, net.layers, net.biased)
+        trained = [p for p in (*sums.W[problem.frozen + 1 :], *sums.b[problem.frozen + 1 :]) if p is not None]
+        return _Norms([_norm(dW) for dW in sums.W[1:]], math.hypot(*map(_norm, trained)))
+
+
+def _norm(g: Array) -> float:
+    """||g||, of entries that may be too large or small to be squared in their dtype."""
+    largest = float(abs(g).max())
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    return largest * math.sqrt(float(((g / largest) ** 2).sum(dtype=np.float64)))
+
+
+class _Best:
+    """The parameters of the epoch with the lowest validation cost, and how long to wait for a lower one."""
+
+    def __init__(self, net: Network, patience: int | None) -> None:
+        self.net, self.patience = net, patience
+        self.cost, self.epoch, self.last = math.inf, 0, 0
+        self.theta: Any = None if patience is None else net.theta.copy()
+
+    def goes_on(self, epoch: int, after: Evaluation | None) -> bool:
+        """Look at the epoch that is over; whether to train on."""
+        if self.patience is None or after is None:
+            return True
+        self.last = epoch
+        if after.cost < self.cost:
+            self.cost, self.epoch = after.cost, epoch
+            self.theta[...] = self.net.theta
+        return epoch - self.epoch < self.patience
+
+    def restore(self) -> int | None:
+        """Give the network the best parameters, and say of which epoch they are."""
+        if self.patience is None or not self.epoch:
+            return None
+        if self.epoch != self.last:
+            self.net.theta[...] = self.theta
+        return self.epoch
 
 
 def _checked(net: Network, X: Any, T: Any, cost: Cost) -> tuple[Array, Array, str]:
@@ -226,6 +419,20 @@ def _pair(validation: Any) -> tuple[Any, Any]:
     if not (isinstance(validation, (tuple, list)) and len(validation) == 2):
         raise DataError("validation is not a pair", "pass validation=(X, T)")
     return validation[0], validation[1]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+
+def _frozen(net: Network, frozen: Any) -> int:
+    try:
+        number_of_layers = operator.index(frozen)
+    except TypeError:
+        number_of_layers = -1
+    if not 0 <= number_of_layers < net.L:
+        raise ConfigError(f"frozen is {frozen!r}", f"give 0 to {net.L - 1}: how many of the first layers to keep")
+    return number_of_layers
 
 
 def _positive(name: str, value: Any) -> int:
@@ -337,6 +544,6 @@ class _WholeSteps:
             self._handlers[number](number, None)
 
     def __exit__(self, *raised: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        for which, handler in self._handlers.items():
+            signal.signal(which, handler)
         self.deliver()
