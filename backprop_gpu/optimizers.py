@@ -288,6 +288,9 @@ class RMSProp(Optimizer):
         """v, and a with centered, and b with momentum."""
         return 1 + self.centered + bool(self.momentum)
 
+    def _least_eps(self) -> float:
+        return self.eps * 1e-18 if self.centered else self.eps  # v - a^2 may be 0 where g is large: g / eps is finite
+
     def coefficients(self, lr: float, t: int) -> tuple[float, ...]:
         """(lr,)."""
         return (lr,)

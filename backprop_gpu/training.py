@@ -28,7 +28,7 @@ from .executors import Eager, Problem
 from .network import CHUNK_ROWS, Batch, Network, Views, backward, check_reduction, forward, forward_chunks, natural_task
 from .optimizers import Adam, Optimizer, choose_optimizer
 from .regularization import Regularization
-from .schedules import Schedule, choose_schedule
+from .schedules import Schedule, choose_schedule, during
 from .specs import number
 
 
@@ -221,8 +221,8 @@ def train(
             start = time.perf_counter()
             host_order, ends = epoch_plan(batches, n, batch_size, seed, run.epoch)
             order = be.asarray(host_order)
-            watched = history.validation_cost if held_out is not None else history.train_cost
-            scheduled = factor.during(list(watched)) if hasattr(factor, "during") else factor
+            watched: Any = history.validation_cost if held_out is not None else history.train_cost
+            scheduled = during(factor, watched)
             before = None if parameter_tolerance is None else net.theta.copy()
             late = False
             for i in range(steps):

@@ -68,15 +68,35 @@ def cost(name, g, z, t):
     if name == "binary_cross_entropy":  # -t ln y - (1 - t) ln(1 - y), by ln y = -softplus(-z), ln(1 - y) = -softplus(z)
         softplus = VALUE["softplus"]
         return math.fsum(tk * softplus(-zk) + (1 - tk) * softplus(zk) for tk, zk in zip(t, z, strict=True))
-    assert name == "squared_error"
-    return 0.5 * math.fsum((yk - tk) ** 2 for yk, tk in zip(y, t, strict=True))
+    error = [yk - tk for yk, tk in zip(y, t, strict=True)]
+    if name == "squared_error":
+        return 0.5 * math.fsum(e**2 for e in error)
+    if name == "norm":
+        return math.hypot(*error)
+    if name == "mae":
+        return math.fsum(map(abs, error))
+    assert name == "huber"
+    return math.fsum(0.5 * e**2 if abs(e) <= 1 else abs(e) - 0.5 for e in error)
+
+
+def slope(name, error):
+    """dC_i/dy from y - t, for the costs of any output."""
+    if name == "squared_error":
+        return error
+    if name == "norm":
+        return [e / math.hypot(*error) if e else 0.0 for e in error]
+    if name == "mae":
+        return [(e > 0) - (e < 0) for e in error]
+    assert name == "huber"
+    return [max(-1.0, min(1.0, e)) for e in error]
 
 
 def delta(name, g, z, t):
     """dC_i/dz of one row, through dC/dy and the full Jacobian; the canonical pairs by A - T."""
     y = output(g, z)
     error = [yk - tk for yk, tk in zip(y, t, strict=True)]
-    if name != "squared_error":
+    if name in ("cross_entropy", "binary_cross_entropy"):
         return error
     J = jacobian(g, z)
+    error = slope(name, error)
     return [math.fsum(error[k] * J[k][j] for k in range(len(z))) for j in range(len(z))]

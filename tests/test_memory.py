@@ -8,22 +8,36 @@ import pytest
 import backprop_gpu as bp
 from backprop_gpu.activations import HIDDEN, OUTPUT
 from backprop_gpu.costs import COSTS
-from backprop_gpu.executors import Eager
+from backprop_gpu.executors import Eager, Problem
+from backprop_gpu.optimizers import OPTIMIZERS, choose_optimizer
+from backprop_gpu.regularization import Regularization
 
-PAIRS = [(c.name, g) for c in COSTS.values() for g in OUTPUT if c.outputs is None or g in c.outputs]
+PAIRS = [
+    (c.name, g)
+    for c in COSTS.values()
+    for g in (OUTPUT if c.name == "squared_error" else c.outputs or ("softmax", "tanh"))
+]
 
 
-def peak_of_a_step(m, width, hidden="relu", cost="cross_entropy", g="softmax", rule=bp.Adam(), labels=True, uint8=True):
+def peak_of_a_step(
+    m, width, hidden="relu", cost="cross_entropy", g="softmax", rule=bp.Adam(), labels=True, uint8=True, **more
+):
     K = 10
     rng = np.random.default_rng(0)
-    net = bp.Network([50, width, width, K], hidden=hidden, output=g, init="zeros", backend="numpy")
+    dropout = more.pop("dropout", 0.0)
+    net = bp.Network([50, width, width, K], hidden, output=g, init="zeros", backend="numpy", dropout=dropout)
     X = rng.integers(0, 256, (2 * m, 50)).astype(np.uint8)
     if not uint8:
         X = X.astype(np.float32)
     T = rng.integers(0, K, 2 * m)
     if not labels:
         T = np.eye(K, dtype=np.float32)[T]
-    executor = Eager(net, COSTS[cost], "labels" if labels else net.task, rule, X, T, m)
+    weights = rng.random(2 * m).astype(np.float32) if more.pop("weights", False) else None
+    chosen = COSTS[cost].smoothed(more.pop("label_smoothing", 0.0))
+    problem = Problem(
+        net, chosen, "labels" if labels else net.task, X, T, weights, "mean", Regularization(**more), frozen=0
+    )
+    executor = Eager(problem, rule, m, seed=0)
     measured = np.zeros((4, 2))
     orders = [rng.permutation(2 * m)[:size] for size in (m, m, m // 3, m)]
     with np.errstate(all="ignore"):
@@ -62,11 +76,26 @@ def test_every_cost(cost, g, labels):
 
 @pytest.mark.parametrize(
     "rule",
-    [bp.SGD(0.1, weight_decay=0.1), bp.SGD(0.1, momentum=0.9, nesterov=True), bp.Adam(amsgrad=True), bp.AdamW()],
+    [bp.SGD(0.1, weight_decay=0.1), *map(choose_optimizer, OPTIMIZERS)],
     ids=repr,
 )
 def test_every_optimizer(rule):
     assert growth(rule=rule) < ALLOWANCE
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"dropout": 0.5},
+        {"weights": True},
+        {"l1": 0.1, "l2": 0.1, "clip_norm": 1.0, "clip_value": 0.1},
+        {"label_smoothing": 0.1},
+        {"label_smoothing": 0.1, "labels": False},
+    ],
+    ids=repr,
+)
+def test_every_setting(more):
+    assert growth(**more) < ALLOWANCE
 
 
 def test_float_data():

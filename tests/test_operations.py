@@ -11,7 +11,11 @@ from backprop_gpu.costs import COSTS
 
 SIZES = [(1, 1), (1, 31), (33, 1), (31, 33), (3, 257), (127, 10)]
 DTYPES = [np.float32, np.float64]
-PAIRS = [(c, OUTPUT[g]) for c in COSTS.values() for g in OUTPUT if c.outputs is None or g in c.outputs]
+PAIRS = [
+    (c, OUTPUT[g])
+    for c in COSTS.values()
+    for g in (OUTPUT if c.name == "squared_error" else c.outputs or ("softmax", "tanh", "gelu"))
+]
 
 
 def tolerance(dtype, scale=1.0):
@@ -80,7 +84,7 @@ def test_hidden_delta(backend, rng, dtype, m, n, f):
     )  # only one is read
     dW, dDelta, dZ, dA = device(backend, W, Delta, *kept)
     out = backend.xp.empty((m, n), dtype)
-    backend.ops.hidden_delta(dW, dDelta, f, dZ, dA, out)
+    backend.ops.hidden_delta(dW, dDelta, f, dZ, dA, None, out)
     np.testing.assert_allclose(to_host(out), wanted, **tolerance(dtype, 10))
 
 
@@ -110,6 +114,10 @@ def test_output_delta(backend, rng, dtype, m, n, cost, g, kind):
     wanted = [formulas.delta(cost.name, g.name, z, t) for z, t in zip(Z.tolist(), dense.tolist(), strict=True)]
     np.testing.assert_allclose(to_host(C), wanted_C, **tolerance(dtype, n))
     np.testing.assert_allclose(to_host(Delta), 0.25 * np.array(wanted), **tolerance(dtype, 10))
+    w = rng.random(m).astype(dtype)
+    backend.ops.output_delta(cost, g, dZ, dT, device(backend, w)[0], Delta, C)
+    np.testing.assert_allclose(to_host(C), wanted_C, **tolerance(dtype, n))
+    np.testing.assert_allclose(to_host(Delta), w[:, None] * np.array(wanted), **tolerance(dtype, 10))
     np.testing.assert_array_equal(to_host(dZ), Z)
 
 
@@ -157,8 +165,11 @@ def test_measure(backend, dtype, task, g, Z, T, right):
     Z = np.array(Z, dtype)
     T = np.array(T, np.intp if np.ndim(T) == 1 else dtype)
     out = backend.xp.zeros(2, np.float64)
-    backend.ops.measure(task, OUTPUT[g], *device(backend, Z, T, np.arange(len(Z)).astype(dtype)), out)
+    backend.ops.measure(task, OUTPUT[g], *device(backend, Z, T, np.arange(len(Z)).astype(dtype)), None, out)
     assert to_host(out).tolist() == [sum(range(len(Z))), right]
+    w = np.array([2.0, 0.5, 3.0][: len(Z)], dtype)
+    backend.ops.measure(task, OUTPUT[g], *device(backend, Z, T, np.arange(len(Z)).astype(dtype), w), out)
+    assert to_host(out).tolist() == [sum(i * wi for i, wi in enumerate(w.tolist())), right]
 
 
 @pytest.mark.parametrize("rule", [SGD(0.1), SGD(0.1, momentum=0.9), Adam(), AdamW(), Adam(amsgrad=True)], ids=repr)
@@ -240,7 +251,7 @@ def test_row_blocks_give_what_one_block_gives(monkeypatch, rng):
         for f in HIDDEN.values():
             results += [np.empty_like(Z) for _ in range(3)]
             numpy_ops.affine_activate(W, A, b, f, results[-3], results[-2])
-            numpy_ops.hidden_delta(W, Delta, f, Z, A, results[-1])
+            numpy_ops.hidden_delta(W, Delta, f, Z, A, None, results[-1])
         return results
 
     whole = everything()

@@ -12,10 +12,13 @@ import pytest
 
 import backprop_gpu as bp
 from backprop_gpu.backend import to_host
-from backprop_gpu.batches import epoch_order, steps_per_epoch
-from backprop_gpu.executors import Eager
+from backprop_gpu.batches import epoch_plan, steps_per_epoch
+from backprop_gpu.executors import Eager, Problem
 from backprop_gpu.network import Batch
-from backprop_gpu.schedules import cosine
+from backprop_gpu.regularization import Regularization
+from backprop_gpu.schedules import Cosine
+
+cosine = Cosine()
 
 
 @pytest.fixture
@@ -26,6 +29,10 @@ def blobs(rng):
     return X, T
 
 
+def shuffled(n, seed, epoch):
+    return epoch_plan("shuffled", n, n, seed, epoch)[0]
+
+
 def by_hand(net, X, T, rule, epochs, batch_size, seed, schedule):
     """The same training, from public gradients and the rule on single arrays; also the mean cost of each epoch."""
     n, t, costs = len(X), 0, []
@@ -34,7 +41,7 @@ def by_hand(net, X, T, rule, epochs, batch_size, seed, schedule):
     slots = [np.zeros_like(theta) for _ in range(rule.slots)]
     steps = -(-n // batch_size)
     for epoch in range(1, epochs + 1):
-        order, cost = epoch_order(n, seed, epoch), 0.0
+        order, cost = shuffled(n, seed, epoch), 0.0
         for i in range(0, n, batch_size):
             rows = order[i : i + batch_size]
             copy.theta[...] = theta
@@ -67,12 +74,12 @@ def test_training_is_its_steps_one_after_the_other(backend, blobs, rule, batch_s
 
 
 def test_every_epoch_visits_every_sample_once_in_a_fresh_order():
-    orders = [epoch_order(1000, 3, e) for e in (1, 2, 3)]
+    orders = [shuffled(1000, 3, e) for e in (1, 2, 3)]
     for order in orders:
         np.testing.assert_array_equal(np.sort(order), np.arange(1000))
     assert (orders[0] != orders[1]).any()
-    np.testing.assert_array_equal(orders[1], epoch_order(1000, 3, 2))
-    assert (orders[1] != epoch_order(1000, 4, 2)).any()
+    np.testing.assert_array_equal(orders[1], shuffled(1000, 3, 2))
+    assert (orders[1] != shuffled(1000, 4, 2)).any()
 
 
 def test_a_batch_larger_than_the_data_is_all_of_it_with_one_warning(blobs):
@@ -523,7 +530,8 @@ def test_the_executor_measures_before_it_updates(blobs):
     wanted = net.gradients(X[:7], T[:7])["cost"]
     from backprop_gpu.costs import COSTS
 
-    executor = Eager(net, COSTS["cross_entropy"], "labels", bp.SGD(0.5), X, T, 7)
+    problem = Problem(net, COSTS["cross_entropy"], "labels", X, T, None, "mean", Regularization(), frozen=0)
+    executor = Eager(problem, bp.SGD(0.5), 7, seed=0)
     measured = np.zeros(2)
     executor.step(np.arange(7), 0.5, 1, measured)
     assert measured[0] / 7 == pytest.approx(wanted, rel=1e-14)

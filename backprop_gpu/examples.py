@@ -1,0 +1,785 @@
+"""Examples: what the notes observe about backpropagation, each run, told and, where a picture helps, drawn.
+
+    result = EXAMPLES["zero-init"].run(seed=0, backend="auto")
+    print(EXAMPLES["zero-init"].text(result))
+
+Every `run` is a function of its seed: the same numbers on the same machine and backend (the one measured ratio, of
+product-order, aside). A result is plain: a dict of numbers, strings, lists and dicts of them, ready for JSON. Run on a
+GPU, the networks live there; what is shown of them is taken to the host.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import datasets
+from .activations import HIDDEN
+from .backend import to_host
+from .batches import generator
+from .errors import ConfigError, DataError
+from .network import Network
+from .optimizers import SGD, Adam
+from .training import Run, evaluate, train
+
+Result = dict[str, Any]
+Path = str | os.PathLike[str]
+
+STREAM = 1 << 63  # random numbers of the examples: streams from here on, far from those of training
+
+
+class Example(NamedTuple):
+    """One example: `run(seed, backend)` makes the result, `text(result)` tells it, `plot(result, path)` draws it.
+
+    `run` raises BackendError and ConfigError as `Network` does. `plot` is None where there is nothing to draw; it
+    raises ConfigError without matplotlib or for a file type that matplotlib does not write, DataError where `path`
+    cannot be written.
+    """
+
+    title: str
+    run: Callable[..., Result]
+    text: Callable[[Result], str]
+    plot: Callable[[Result, Path], None] | None = None
+
+
+# ------------------------------------------------------------------------------------------------- zero-init
+
+
+def zero_init(
+    seed: int = 0,
+    backend: str = "auto",
+    activations: Sequence[str] = ("relu", "tanh", "sigmoid", "softplus"),
+    steps: int = 30,
+) -> Result:
+    """784-16-16-10 from W = 0, b = 0 on 256 MNIST images, full batches, SGD: what moves, and when (source 5).
+
+    For each activation: `dW` and `db`, norms of the gradients at step 0; `first_step` at which a tensor is no longer 0,
+    None for never; `units_differ`, the largest difference between units of one hidden layer after `steps`: between rows
+    of W[l], elements of b[l], columns of W[l+1]; `cost` at the end. Beside them the cost from he's initial weights, and
+    the entropy of the labels: the least cost that an output bias alone can reach.
+    """
+    rows = generator(seed, STREAM).permutation(60_000)[:256]
+    X, T = (part[rows] for part in datasets.load("mnist")[0])
+    share = np.bincount(T, minlength=10) / len(T)
+    result: Result = {
+        "steps": steps,
+        "entropy": float(-(share[share > 0] * np.log(share[share > 0])).sum()),
+        "cost_from_he": {},
+        "rows": [],
+    }
+    for f in activations:
+        for init in ("zeros", "he"):
+            net = Network([784, 16, 16, 10], f, init=init, precision="float64", seed=seed, backend=backend)
+            start = net.backward(X, T)
+            watch = _FirstMove(net)
+            train(net, X, T, None, SGD(0.5), epochs=steps, batch_size=len(X), callbacks=[watch], seed=seed)
+            cost = evaluate(net, X, T).cost
+            if init == "he":
+                result["cost_from_he"][f] = cost
+                continue
+            W, b = [None, *map(to_host, net.W[1:])], [None, *map(to_host, net.b[1:])]
+            spreads = [
+                spread for l in range(1, net.L) for spread in (np.ptp(W[l], 0), np.ptp(b[l]), np.ptp(W[l + 1], 1))
+            ]
+            result["rows"].append(
+                {
+                    "activation": f,
+                    "f(0)": float(start["A"][1][0, 0]),
+                    "dW": [float(np.linalg.norm(g)) for g in start["W"][1:]],
+                    "db": [float(np.linalg.norm(g)) for g in start["b"][1:]],
+                    "first_step": watch.first,
+                    "units_differ": float(max(np.max(spread) for spread in spreads)),
+                    "cost": cost,
+                }
+            )
+    return result
+
+
+class _FirstMove:
+    """Notes, as a callback, after which step each tensor of a network that starts at 0 is no longer 0."""
+
+    def __init__(self, net: Network) -> None:
+        self.first: dict[str, int | None] = {f"{p}{l}": None for l in range(1, net.L + 1) for p in "Wb"}
+
+    def on_step(self, run: Run) -> None:
+        for name, step in self.first.items():
+            if step is None and bool(getattr(run.net, name[0])[int(name[1:])].any()):
+                self.first[name] = run.step
+
+
+def zero_init_text(result: Result) -> str:
+    """The report of `zero_init`."""
+    rows = result["rows"]
+    names = list(rows[0]["first_step"])
+    return _report(
+        "Zero initialisation (source 5, Back Propagation Observations)",
+        'The source: "If W = 0, then delta = 0 and so all gradients (b, W) are 0". That holds behind the last layer: at\n'
+        "step 0 dW[l] = db[l] = 0 for l < L. But db[L] is not 0, nor is dW[L] where f(0) is not:",
+        _table(
+            ["f", "f(0)", *(f"||d{name}||" for name in names)],
+            [
+                [r["activation"], f"{r['f(0)']:.3f}", *(_short(r[f"d{name[0]}"][int(name[1:]) - 1]) for name in names)]
+                for r in rows
+            ],
+        ),
+        f"{result['steps']} steps of gradient descent later. First step that moves a tensor (- is never), largest\n"
+        "difference between the units of a hidden layer, cost, and cost from he's initial weights:",
+        _table(
+            ["f", *names, "units differ by", "cost", "from he"],
+            [
+                [
+                    r["activation"],
+                    *("-" if r["first_step"][name] is None else str(r["first_step"][name]) for name in names),
+                    f"{r['units_differ']:.1e}",
+                    f"{r['cost']:.3f}",
+                    f"{result['cost_from_he'][r['activation']]:.3f}",
+                ]
+                for r in rows
+            ],
+        ),
+        "With f(0) = 0 only the output bias ever learns: at best how frequent each class is, a cost of\n"
+        f"{result['entropy']:.3f}, the entropy of the labels. Otherwise the layers start to move one after the other, from\n"
+        "the last to the first, but all units of a hidden layer stay equal, up to rounding: the layer is one unit wide.\n"
+        "Should not initialize W to zero, indeed.",
+    )
+
+
+# --------------------------------------------------------------------------------------- vanishing-gradients
+
+_DERIVATIVE: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # f' from A
+    "sigmoid": lambda A: A * (1 - A),
+    "tanh": lambda A: 1 - A * A,
+    "relu": lambda A: A > 0,
+}
+
+
+def vanishing_gradients(
+    seed: int = 0, backend: str = "auto", hidden_layers: int = 8, samples: int = 1000, epochs: int = 10
+) -> Result:
+    """784-64x8-10 on MNIST images with sigmoid, tanh (glorot) and ReLU (he): ||dW[l]|| layer by layer (source 5).
+
+    For each, at the initial theta: `gradient_norms` [||dC/dW[1]||, ..., ||dC/dW[L]||]; `factor` [||Delta[l]|| /
+    ||Delta[l+1]|| for l = 1..L-1], what one step back multiplies Delta by, and `derivative`, the mean f'(Z[l]) in it;
+    `first_to_last`, the norms' ratio. `training` holds the norms after each of `epochs` of Adam, `cost` the mean cost
+    of each epoch.
+    """
+    rows = generator(seed, STREAM).permutation(60_000)[:samples]
+    X, T = (part[rows] for part in datasets.load("mnist")[0])
+    layers = [784, *[64] * hidden_layers, 10]
+    result: Result = {"layers": layers, "samples": samples, "epochs": epochs, "rows": []}
+    for f, init in (("sigmoid", "glorot"), ("tanh", "glorot"), ("relu", "he")):
+        net = Network(layers, f, init=init, seed=seed, backend=backend)
+        page = net.backward(X, T)
+        norms = [float(np.linalg.norm(g)) for g in page["W"][1:]]
+        Delta = [float(np.linalg.norm(D)) for D in page["Delta"][1:]]
+        history = train(net, X, T, None, Adam(1e-3), epochs=epochs, batch_size=50, seed=seed, gradient_norms=True)
+        result["rows"].append(
+            {
+                "activation": f,
+                "init": init,
+                "gradient_norms": norms,
+                "first_to_last": norms[0] / norms[-1],
+                "factor": [a / b for a, b in itertools.pairwise(Delta)],
+                "derivative": [float(_DERIVATIVE[f](A).mean()) for A in page["A"][1:-1]],
+                "training": history.gradient_norms,
+                "cost": history.train_cost,
+            }
+        )
+    return result
+
+
+def vanishing_gradients_text(result: Result) -> str:
+    """The report of `vanishing_gradients`."""
+    rows, L = result["rows"], len(result["layers"]) - 1
+    return _report(
+        "Vanishing gradients (source 5, Back Propagation Observations)",
+        f"{L - 1} hidden layers of {result['layers'][1]} units, {result['samples']} MNIST images. ||dC/dW[l]|| at the\n"
+        "initial theta, the factor ||Delta[l]|| / ||Delta[l+1]|| of the step back to layer l, and the mean f'(Z[l]) in it:",
+        _table(
+            ["layer", *(f"{r['activation']} {what}" for r in rows for what in ("||dW||", "factor", "f'"))],
+            [
+                [
+                    str(l),
+                    *itertools.chain.from_iterable(
+                        [
+                            _short(r["gradient_norms"][l - 1]),
+                            f"{r['factor'][l - 1]:.2f}" if l < L else "-",
+                            f"{r['derivative'][l - 1]:.2f}" if l < L else "-",
+                        ]
+                        for r in rows
+                    ),
+                ]
+                for l in range(1, L + 1)
+            ],
+        ),
+        f"The same ratio, first layer to last, before training and after {result['epochs']} epochs of Adam, and the cost:",
+        _table(
+            ["f", "init", "first/last", "after", "cost of epoch 1", f"of epoch {result['epochs']}"],
+            [
+                [
+                    r["activation"],
+                    r["init"],
+                    _short(r["first_to_last"]),
+                    _short(r["training"][-1][0] / r["training"][-1][-1]),
+                    f"{r['cost'][0]:.3f}",
+                    f"{r['cost'][-1]:.3f}",
+                ]
+                for r in rows
+            ],
+        ),
+        "f' is a factor of Delta at every step back. The sigmoid's is 1/4 at the most, at z = 0, where these units start:\n"
+        "so the gradient is lost layer by layer already before any unit saturates, and the net does not learn (a cost of\n"
+        f"ln 10 = {math.log(10):.3f} is guessing). ReLU's is 0 or 1: with he's weights, which make up for the half that is\n"
+        "0, the first layer's gradient is as large as the last one's, and the net trains. tanh' is near 1 at z = 0.",
+    )
+
+
+def vanishing_gradients_plot(result: Result, path: Path) -> None:
+    """||dC/dW[l]|| by layer, before training and after its last epoch; and the cost by epoch."""
+
+    def norms(ax: Any) -> None:
+        for i, r in enumerate(result["rows"]):
+            layers = range(1, len(r["gradient_norms"]) + 1)
+            ax.semilogy(layers, r["gradient_norms"], f"C{i}o-", label=f"{r['activation']}, initial")
+            ax.semilogy(layers, r["training"][-1], f"C{i}s:", label=f"{r['activation']}, trained")
+        ax.set(xlabel="layer l", ylabel="||dC/dW[l]||", title="norm of the gradient")
+        ax.legend()
+
+    def costs(ax: Any) -> None:
+        for i, r in enumerate(result["rows"]):
+            ax.plot(range(1, len(r["cost"]) + 1), r["cost"], f"C{i}o-", label=r["activation"])
+        ax.set(xlabel="epoch", ylabel="cost", title="training")
+        ax.legend()
+
+    _draw(path, norms, costs)
+
+
+# ----------------------------------------------------------------------------------------------- overfitting
+
+
+def lawrence_giles(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """20 points of Lawrence and Giles' curve: x = 0, 1, ..., 19, y = sin(x/3) + uniform(-0.25, 0.25). Both (20,) float64.
+
+    Source 5 does not give its generator ("data.lawrence.giles"): this is our own draw, from `seed`.
+    """
+    x = np.arange(20.0)
+    return x, np.sin(x / 3) + generator(seed, STREAM).uniform(-0.25, 0.25, len(x))
+
+
+def overfitting(seed: int = 0, backend: str = "auto", epochs: int = 2000) -> Result:
+    """Polynomials and MLPs through the same 20 noisy points (source 5, "polynomial interpolation fit").
+
+    Polynomials of degree 5 and 15 in Legendre's orthogonal basis, by least squares; 1-20-1 and 1-20-20-1 tanh networks
+    with identity output, squared error, full batches, Adam, x scaled to [-1, 1). For each fit: `parameters`,
+    `residual`, RMS of fit - y at the points; `rms` and `max` of |fit - sin(x/3)| on a fine grid over [0, 19];
+    the `curve` there.
+    """
+    x, y = lawrence_giles(seed)
+    grid = np.linspace(x[0], x[-1], 381)
+    truth = np.sin(grid / 3)
+
+    def scaled(x: np.ndarray) -> np.ndarray:
+        return (x / 10 - 1).reshape(-1, 1)
+
+    result: Result = {"x": x.tolist(), "y": y.tolist(), "grid": grid.tolist(), "truth": truth.tolist(), "fits": []}
+
+    def add(name: str, parameters: int, at_points: np.ndarray, at_grid: np.ndarray) -> None:
+        error = at_grid - truth
+        result["fits"].append(
+            {
+                "fit": name,
+                "parameters": parameters,
+                "residual": _rms(at_points - y),
+                "rms": _rms(error),
+                "max": float(np.abs(error).max()),
+                "curve": at_grid.tolist(),
+            }
+        )
+
+    for degree in (5, 15):
+        polynomial = np.polynomial.Legendre.fit(x, y, degree)
+        add(f"polynomial, degree {degree}", degree + 1, polynomial(x), polynomial(grid))
+    for layers in ([1, 20, 1], [1, 20, 20, 1]):
+        net = Network(layers, "tanh", "identity", "glorot", precision="float64", seed=seed, backend=backend)
+        train(net, scaled(x), y, None, Adam(1e-2), "cosine", epochs, batch_size=len(x), seed=seed)
+        name = f"MLP {'-'.join(map(str, layers))}"
+        add(name, net.parameter_count, net.forward(scaled(x))[:, 0], net.forward(scaled(grid))[:, 0])
+    return result
+
+
+def overfitting_text(result: Result) -> str:
+    """The report of `overfitting`."""
+    fits = {fit["fit"]: fit for fit in result["fits"]}
+    high, small, large = (fits[name] for name in ("polynomial, degree 15", "MLP 1-20-1", "MLP 1-20-20-1"))
+    return _report(
+        'Overfitting (source 5, "polynomial interpolation fit": the Lawrence-Giles data, our own draw)',
+        "20 points y = sin(x/3) + uniform(-0.25, 0.25). Residual: RMS of fit - y at the points. Error: fit - sin(x/3) on\n"
+        "a fine grid between the first point and the last:",
+        _table(
+            ["fit", "parameters", "residual", "RMS error", "largest error"],
+            [
+                [fit["fit"], str(fit["parameters"])] + [f"{fit[key]:.3f}" for key in ("residual", "rms", "max")]
+                for fit in result["fits"]
+            ],
+        ),
+        f"The polynomial of degree 15 is nearer to the points than the 1-20-1 network ({high['residual']:.3f} against\n"
+        f"{small['residual']:.3f}) and further from the curve: its error is {high['rms'] / small['rms']:.1f} times as large, "
+        f"{high['max'] / small['max']:.1f} times at the worst place,\nnear the ends, where it swings out between the points. "
+        f"It is not the count of parameters: the network\nof {large['parameters']} parameters is off by "
+        f"{large['rms']:.3f}, the polynomial of {high['parameters']} by {high['rms']:.3f}.",
+    )
+
+
+def overfitting_plot(result: Result, path: Path) -> None:
+    """The points, sin(x/3) and all the fits."""
+
+    def curves(ax: Any) -> None:
+        ax.plot(result["grid"], result["truth"], "k--", label="sin(x/3)")
+        for fit in result["fits"]:
+            ax.plot(result["grid"], fit["curve"], label=fit["fit"])
+        ax.plot(result["x"], result["y"], "ko", label="data")
+        ax.set(xlabel="x", ylabel="y", title="Lawrence-Giles data")
+        ax.legend()
+
+    _draw(path, curves)
+
+
+# -------------------------------------------------------------------------------------------------- counting
+
+
+def counting(
+    seed: int = 0,
+    backend: str = "auto",
+    networks: Sequence[Sequence[int]] = ((784, 10), (784, 100, 10), (784, 512, 256, 10)),
+) -> Result:
+    """Layers and parameters as source 5 counts them ("Counting layers", "Biases, Weights").
+
+    For each N_0/N_1/.../N_L: `layers`, L, and `hidden_layers`, L - 1; `N_w` = N_0 N_1 + N_1 N_2 + ... + N_(L-1) N_L,
+    `N_b` = N_1 + ... + N_L and `total`, their sum; `parameter_count` as the network has it; its `summary`.
+    """
+    rows = []
+    for N in networks:
+        net = Network(N, seed=seed, backend=backend)
+        N_w, N_b = sum(n * k for n, k in itertools.pairwise(N)), sum(N[1:])
+        rows.append(
+            {
+                "widths": list(N),
+                "layers": net.L,
+                "hidden_layers": net.L - 1,
+                "N_w": N_w,
+                "N_b": N_b,
+                "total": N_w + N_b,
+                "parameter_count": net.parameter_count,
+                "summary": net.summary(),
+            }
+        )
+    return {"rows": rows}
+
+
+def counting_text(result: Result) -> str:
+    """The report of `counting`."""
+    return _report(
+        "Counting (source 5, Counting layers; Biases, Weights)",
+        "A layer is a set of adjustable parameters, so the input is none: a perceptron has one layer, a network with one\n"
+        "hidden layer two. N_w = N_0 N_1 + ... + N_(L-1) N_L, N_b = N_1 + ... + N_L; the last column is what the network\n"
+        "counts itself. The source's example is 784/100/10: 100 + 10 + 784 * 100 + 100 * 10 = 79,510.",
+        _table(
+            ["network", "layers", "hidden", "N_w", "N_b", "N_w + N_b", "parameter_count"],
+            [
+                ["/".join(map(str, r["widths"]))]
+                + [str(r[k]) for k in ("layers", "hidden_layers", "N_w", "N_b", "total", "parameter_count")]
+                for r in result["rows"]
+            ],
+        ),
+        "And its summary:",
+        *(r["summary"] for r in result["rows"] if r["widths"] == [784, 100, 10]),
+    )
+
+
+# ----------------------------------------------------------------------------------------------- three-index
+
+
+def three_index(
+    seed: int = 0, backend: str = "auto", layers: Sequence[int] = (784, 100, 10), samples: int = 4
+) -> Result:
+    """dz_i/dW_jk = delta_ij a_k, formed whole, and how it collapses into Delta A^T (source 5, "Backpropagation").
+
+    For each layer: `shape` (N_l, N_l, N_(l-1)) and `elements` of the three-index array of one sample, its `nonzero`
+    ones at the most, the `elements_of_dW`; `difference`, the largest between dW[l] of the engine and the product
+    sum_i dC/dz_i dz_i/dW_jk averaged over the samples, as part of the largest element of dW[l]. In float64.
+    """
+    rng = generator(seed, STREAM)
+    X, T = rng.standard_normal((samples, layers[0])), rng.integers(0, layers[-1], samples)
+    net = Network(layers, "tanh", precision="float64", seed=seed, backend=backend)
+    page = net.backward(X, T)
+    rows = []
+    for l in range(1, net.L + 1):
+        n_out, n_in = net.layers[l], net.layers[l - 1]
+        dW = np.zeros((n_out, n_in))
+        dz_dW = np.zeros((n_out, n_out, n_in))
+        each = np.arange(n_out)
+        for delta, a in zip(page["Delta"][l], page["A"][l - 1], strict=True):
+            dz_dW[each, each] = a  # dz_i/dW_jk = delta_ij a_k
+            dW += np.tensordot(delta, dz_dW, 1) / samples  # sum_i dC/dz_i dz_i/dW_jk
+        wanted = page["W"][l]
+        rows.append(
+            {
+                "layer": l,
+                "shape": [n_out, n_out, n_in],
+                "elements": dz_dW.size,
+                "nonzero": n_out * n_in,
+                "elements_of_dW": int(wanted.size),
+                "difference": float(np.abs(dW - wanted).max() / np.abs(wanted).max()),
+            }
+        )
+    return {"layers": list(layers), "samples": samples, "rows": rows}
+
+
+def three_index_text(result: Result) -> str:
+    """The report of `three_index`."""
+    largest = max(result["rows"], key=lambda r: r["elements"])
+    n_out, _, n_in = largest["shape"]
+    return _report(
+        "The three-index derivative (source 5, Backpropagation)",
+        "z[l] is a vector and W[l] a matrix, so dz/dW has three indices: dz_i/dW_jk = delta_ij a_k. Formed whole, for\n"
+        f"one sample after the other, and multiplied by dC/dz, it gives the engine's dW[l] = Delta A^T / m "
+        f"(m = {result['samples']}):",
+        _table(
+            ["layer", "dz/dW", "elements", "not 0", "dW", "difference"],
+            [
+                [
+                    str(r["layer"]),
+                    " x ".join(map(str, r["shape"])),
+                    f"{r['elements']:,}",
+                    f"{r['nonzero']:,}",
+                    f"{r['elements_of_dW']:,}",
+                    f"{r['difference']:.1e}",
+                ]
+                for r in result["rows"]
+            ],
+        ),
+        f"One element in {n_out} is not 0, and sum_i dC/dz_i delta_ij a_k = dC/dz_j a_k: the outer product needs\n"
+        f"{n_out} + {n_in} numbers, not {largest['elements']:,}, and forms no third index.",
+    )
+
+
+# --------------------------------------------------------------------------------------------- product-order
+
+
+def product_order(
+    seed: int = 0, backend: str = "auto", widths: Sequence[int] = (100, 200, 500, 1000), repeats: int = 5
+) -> Result:
+    """(delta^T W) D against delta^T (W D), and against d ⊙ (W^T delta): the step back, three ways (source 5).
+
+    Of an N-N-N network: delta = dC/dz[2] of one sample, W = W[2], D = diag(d), d = f'(z[1]). For each N and way:
+    `multiplications`; `difference` from the engine's Delta[1], the largest, as part of its largest element; `seconds`,
+    the least of `repeats`, measured and so not the same from run to run. The products are NumPy's, float64, on the
+    host, whatever the backend.
+    """
+    rng, rows = generator(seed, STREAM), []
+    for N in widths:
+        net = Network([N, N, N], "tanh", "identity", "glorot", precision="float64", seed=seed, backend=backend)
+        page = net.backward(rng.standard_normal((1, N)), rng.standard_normal((1, N)))
+        delta, W, d = page["Delta"][2][0], to_host(net.W[2]), 1 - page["A"][1][0] ** 2
+        D, wanted = np.diag(d), page["Delta"][1][0]
+        rows.append({"width": N, "multiplications": multiplications(N, N), "difference": {}, "seconds": {}})
+        ways: dict[str, Callable[[], np.ndarray]] = {
+            "vector first": lambda delta=delta, W=W, D=D: (delta @ W) @ D,  # type: ignore[misc]
+            "matrices first": lambda delta=delta, W=W, D=D: delta @ (W @ D),  # type: ignore[misc]
+            "Hadamard": lambda delta=delta, W=W, d=d: d * (W.T @ delta),  # type: ignore[misc]
+        }
+        for way, product in ways.items():
+            seconds, found = math.inf, wanted
+            for _ in range(repeats):
+                start = time.perf_counter()
+                found = product()
+                seconds = min(seconds, time.perf_counter() - start)
+            rows[-1]["difference"][way] = float(np.abs(found - wanted).max() / np.abs(wanted).max())
+            rows[-1]["seconds"][way] = seconds
+    return {"repeats": repeats, "rows": rows}
+
+
+def multiplications(n_out: int, n_in: int) -> dict[str, int]:
+    """Multiplications of each way to form delta^T W D, W n_out x n_in, D n_in x n_in (a full matrix, but for Hadamard)."""
+    return {
+        "vector first": n_out * n_in + n_in * n_in,
+        "matrices first": n_out * n_in * n_in + n_out * n_in,
+        "Hadamard": n_out * n_in + n_in,
+    }
+
+
+def product_order_text(result: Result) -> str:
+    """The report of `product_order`."""
+    rows = result["rows"]
+    return _report(
+        'The order of products (source 5: "Performing vector-matrix product first is more efficient")',
+        "The step back, delta^T W D with D = diag(f'(z)): multiplications of (delta^T W) D, of delta^T (W D), and of\n"
+        f"d ⊙ (W^T delta), which is what this package does; and seconds on this machine, the least of {result['repeats']}:",
+        _table(
+            ["N", "(dT W) D", "dT (W D)", "d ⊙ (WT d)", "ratio", "(dT W) D", "dT (W D)", "d ⊙ (WT d)", "ratio"],
+            [
+                [
+                    str(r["width"]),
+                    *(f"{n:,}" for n in r["multiplications"].values()),
+                    f"{r['multiplications']['matrices first'] / r['multiplications']['vector first']:.0f}",
+                    *(f"{s:.1e} s" for s in r["seconds"].values()),
+                    f"{r['seconds']['matrices first'] / r['seconds']['vector first']:.0f}",
+                ]
+                for r in rows
+            ],
+        ),
+        "Ratio: of matrices first to vector first; counted it is about N/2, so it grows with the width. Measured it\n"
+        "differs: a matrix product uses each number that it loads many times, a vector-matrix product once.\n"
+        "All three give the engine's Delta within "
+        f"{max(x for r in rows for x in r['difference'].values()):.1e} of its largest element.",
+    )
+
+
+def product_order_plot(result: Result, path: Path) -> None:
+    """Multiplications and seconds by width, one line for each way."""
+
+    def panel(key: str) -> Callable[[Any], None]:
+        def draw(ax: Any) -> None:
+            widths = [r["width"] for r in result["rows"]]
+            for way in result["rows"][0][key]:
+                ax.loglog(widths, [r[key][way] for r in result["rows"]], "o-", label=way)
+            ax.set(xlabel="width N", title=key)
+            ax.legend()
+
+        return draw
+
+    _draw(path, panel("multiplications"), panel("seconds"))
+
+
+# ----------------------------------------------------------------------------------------------------- chain
+
+
+def chain(seed: int = 0, backend: str = "auto", activations: Sequence[str] = tuple(HIDDEN)) -> Result:
+    """z = f(f(f(w))) as a 1-1-1-1 network without biases: dz/dw from the engine (source 3, "Chain Rule").
+
+    x = 1, W[1] = w, W[2] = W[3] = 1, every function f; the squared error with target z - 1 has derivative 1 by z, so
+    dW[1] is dz/dw. For each f and for w = u and -u, u drawn from [0.3, 1.2): `z`; `factors` f'(f(f(w))), f'(f(w)),
+    f'(w), each a central difference of f; their `product`; `dW1` of the engine. In float64.
+    """
+    u, h = float(generator(seed, STREAM).uniform(0.3, 1.2)), 1e-5
+    rows = []
+    for name in activations:
+        net = Network([1, 1, 1, 1], name, name, bias=False, precision="float64", seed=seed, backend=backend)
+        f = Network([1, 1], output=name, bias=False, precision="float64", seed=seed, backend=backend)
+        for W in (*net.W[1:], *f.W[1:]):
+            W[...] = 1
+        for w in (u, -u):
+            net.W[1][...] = w
+            page = net.backward(np.ones((1, 1)), net.forward(np.ones((1, 1))) - 1, "squared_error")
+            at = np.array([page["Z"][l] for l in (3, 2, 1)]).reshape(3, 1)  # f(f(w)), f(w), w
+            factors = ((f.forward(at + h) - f.forward(at - h)) / (2 * h))[:, 0]
+            rows.append(
+                {
+                    "activation": name,
+                    "w": w,
+                    "z": float(page["A"][3][0, 0]),
+                    "factors": factors.tolist(),
+                    "product": float(factors.prod()),
+                    "dW1": float(page["W"][1][0, 0]),
+                }
+            )
+    return {"rows": rows}
+
+
+def chain_text(result: Result) -> str:
+    """The report of `chain`."""
+    return _report(
+        "The chain rule (source 3, Chain Rule)",
+        "x = f(w), y = f(x), z = f(y): dz/dw = f'(f(f(w))) f'(f(w)) f'(w). As a 1-1-1-1 network without biases, with\n"
+        "input 1, W[1] = w and the other weights 1, dz/dw is dW[1]. The factors are central differences of f:",
+        _table(
+            ["f", "w", "z", "f'(f(f(w)))", "f'(f(w))", "f'(w)", "product", "dW[1]"],
+            [
+                [r["activation"], f"{r['w']:.4f}", f"{r['z']:.6f}"]
+                + [f"{factor:.6f}" for factor in r["factors"]]
+                + [f"{r['product']:.8f}", f"{r['dW1']:.8f}"]
+                for r in result["rows"]
+            ],
+        ),
+        f"Largest difference between the last two columns: "
+        f"{max(abs(r['product'] - r['dW1']) for r in result['rows']):.1e}. Forward propagation computes f(w) and f(f(w))\n"
+        "once; backpropagation uses them again, from the last factor to the first.",
+    )
+
+
+# ----------------------------------------------------------------------------------------------- pretraining
+
+
+def pretraining(
+    seed: int = 0,
+    backend: str = "auto",
+    unlabelled: int = 5000,
+    labelled: int = 500,
+    draws: int = 3,
+    pretraining_epochs: int = 10,
+    epochs: int = 50,
+    tested: int = 10_000,
+) -> Result:
+    """A first layer from an autoencoder, carried over into a classifier that has few labels (source 5).
+
+    With sigmoid (glorot) and ReLU (he) units: an autoencoder 784-100-784 (sigmoid output, squared error) learns
+    `unlabelled` MNIST images by heart, then 784-100-10 trains on `labelled` ones in three ways that start from the same
+    theta and see the same batches: "scratch"; "pretrained", with W[1] and b[1] of the autoencoder; "frozen", the same,
+    W[1] and b[1] kept. Repeated with `draws` draws of labelled images. `accuracy` of each way on `tested` test images,
+    one a draw; `reconstruction`, the autoencoder's cost in its first epoch and its last; `parameters_kept`: whether the
+    frozen ones are bit by bit what they were.
+    """
+    (images, labels), test = datasets.load("mnist")
+    assert test is not None
+    X_test, T_test = test.images[:tested], test.labels[:tested]
+    orders = [generator(seed, STREAM + i).permutation(len(images)) for i in range(draws + 1)]
+    X = images[orders[0][:unlabelled]]
+    result: Result = {"unlabelled": unlabelled, "labelled": labelled, "tested": len(X_test), "rows": []}
+    for f, init, lr in (("sigmoid", "glorot", 1e-2), ("relu", "he", 2e-3)):
+        autoencoder = Network([784, 100, 784], f, "sigmoid", init, seed=seed, backend=backend)
+        T = X / np.float32(255)
+        history = train(autoencoder, X, T, "squared_error", Adam(lr / 2), "cosine", pretraining_epochs, seed=seed)
+        accuracy: dict[str, list[float]] = {"scratch": [], "pretrained": [], "frozen": []}
+        kept = True
+        for draw in range(draws):
+            rows = orders[draw + 1][:labelled]
+            for way, found in accuracy.items():
+                net = Network([784, 100, 10], f, init=init, seed=seed, backend=backend)
+                if way != "scratch":
+                    net.W[1][...], net.b[1][...] = autoencoder.W[1], autoencoder.b[1]
+                frozen = int(way == "frozen")
+                train(net, images[rows], labels[rows], None, Adam(lr), "cosine", epochs, 50, seed=draw, frozen=frozen)
+                if frozen:
+                    kept &= _bits(net.W[1], net.b[1]) == _bits(autoencoder.W[1], autoencoder.b[1])
+                found.append(evaluate(net, X_test, T_test).accuracy or 0.0)
+        result["rows"].append(
+            {
+                "activation": f,
+                "reconstruction": [history.train_cost[0], history.train_cost[-1]],
+                "accuracy": accuracy,
+                "parameters_kept": kept,
+            }
+        )
+    return result
+
+
+def pretraining_text(result: Result) -> str:
+    """The report of `pretraining`."""
+    rows = result["rows"]
+    mean = {r["activation"]: {way: float(np.mean(a)) for way, a in r["accuracy"].items()} for r in rows}
+    gains = [
+        f"{f}: {100 * (a['pretrained'] - a['scratch']):+.1f} points pre-trained, "
+        f"{100 * (a['frozen'] - a['scratch']):+.1f} with the first layer frozen"
+        for f, a in mean.items()
+    ]
+    helped = [f for f, a in mean.items() if a["pretrained"] > a["scratch"]]
+    verdict = f"with {' and '.join(helped)} units alone" if len(helped) == 1 else "in both" if helped else "in neither"
+    kept = "are bit by bit what they were" if all(r["parameters_kept"] for r in rows) else "HAVE CHANGED"
+    draws = len(rows[0]["accuracy"]["scratch"])
+    return _report(
+        'Pre-training (source 5: "Preprocessing using unsupervised training is very effective")',
+        f"An autoencoder 784-100-784 learns {result['unlabelled']} images without labels; its first layer goes into a\n"
+        f"classifier 784-100-10 that has {result['labelled']} labels. Accuracy on {result['tested']} test images, mean of "
+        f"{draws} draws of the labelled\nimages, lowest to highest:",
+        _table(
+            ["f", "cost of autoencoder", "from scratch", "pre-trained", "pre-trained, frozen"],
+            [
+                [r["activation"], f"{r['reconstruction'][0]:.1f} to {r['reconstruction'][1]:.1f}"]
+                + [f"{100 * np.mean(a):.1f} % ({100 * min(a):.1f}..{100 * max(a):.1f})" for a in r["accuracy"].values()]
+                for r in rows
+            ],
+        ),
+        f"Against starting from scratch: {'; '.join(gains)}.\n"
+        f"At this size the pre-trained first layer is a better start {verdict}: no more can be said of so\n"
+        f"shallow a network. The frozen W[1] and b[1] {kept}; only the 1 010\nparameters of the last layer train then.",
+    )
+
+
+def pretraining_plot(result: Result, path: Path) -> None:
+    """Accuracy of each way and draw."""
+
+    def panel(row: dict[str, Any]) -> Callable[[Any], None]:
+        def draw(ax: Any) -> None:
+            for i, (way, accuracy) in enumerate(row["accuracy"].items()):
+                ax.plot([way] * len(accuracy), accuracy, f"C{i}o")
+            ax.set(ylabel="test accuracy", title=f"{row['activation']}, {result['labelled']} labels")
+
+        return draw
+
+    _draw(path, *(panel(row) for row in result["rows"]))
+
+
+# --------------------------------------------------------------------------------------------------- helpers
+
+
+def _rms(v: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(v * v)))
+
+
+def _bits(*arrays: Any) -> bytes:
+    return b"".join(to_host(a).tobytes() for a in arrays)
+
+
+def _short(x: float) -> str:
+    return "0" if x == 0 else f"{x:.3f}" if 1e-3 <= abs(x) < 1e3 else f"{x:.1e}"
+
+
+def _report(*parts: str) -> str:
+    return "\n\n".join(parts)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest entry: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(
+        "  "
+        + "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in (header, *rows)
+    )
+
+
+def _draw(path: Path, *panels: Callable[[Any], None]) -> None:
+    """Panels side by side into a file; pyplot, and with it any display, is left alone."""
+    try:
+        figure = importlib.import_module("matplotlib.figure")
+    except ImportError as e:
+        raise ConfigError("drawing needs matplotlib, which is not installed", "pip install 'backprop-gpu[plot]'") from e
+    sheet = figure.Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
+    for panel, ax in zip(panels, sheet.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        panel(ax)
+    try:
+        sheet.savefig(path)
+    except OSError as e:
+        raise DataError(f"cannot write {os.fspath(path)}: {e.strerror or e}", "name a file that can be written") from e
+    except ValueError as e:
+        raise ConfigError(f"cannot draw to {os.fspath(path)}: {e}", "end the file's name in .png, .svg or .pdf") from e
+
+
+EXAMPLES: dict[str, Example] = {
+    "zero-init": Example("what learns from W = 0, and what does not", zero_init, zero_init_text),
+    "vanishing-gradients": Example(
+        "deep sigmoid nets lose their gradient, ReLU nets do not",
+        vanishing_gradients,
+        vanishing_gradients_text,
+        vanishing_gradients_plot,
+    ),
+    "overfitting": Example(
+        "a polynomial and an MLP through 20 noisy points", overfitting, overfitting_text, overfitting_plot
+    ),
+    "counting": Example("layers, weights and biases, counted", counting, counting_text),
+    "three-index": Example("dz/dW with its three indices, and how it collapses", three_index, three_index_text),
+    "product-order": Example(
+        "why the vector-matrix product goes first", product_order, product_order_text, product_order_plot
+    ),
+    "chain": Example("dz/dw of f(f(f(w))), by the engine", chain, chain_text),
+    "pretraining": Example(
+        "a first layer from an autoencoder, kept or tuned", pretraining, pretraining_text, pretraining_plot
+    ),
+}
