@@ -15,14 +15,17 @@ from .checkpoint import load_network as load
 from .checkpoint import save_network as save
 from .costs import Cost
 from .errors import BackendError, BackpropGPUError, CheckpointError, ConfigError, DataError, DivergenceError
+from .gradient_check import gradient_check
 from .network import Layer, Network
-from .optimizers import SGD, Adam, AdamW
+from .optimizers import SGD, AdaDelta, AdaGrad, Adam, AdamW, Lion, NAdam, RMSProp
 from .training import Evaluation, History, Run, evaluate, train
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Activation",
+    "AdaDelta",
+    "AdaGrad",
     "Adam",
     "AdamW",
     "BackendError",
@@ -35,11 +38,15 @@ __all__ = [
     "Evaluation",
     "History",
     "Layer",
+    "Lion",
+    "NAdam",
     "Network",
+    "RMSProp",
     "Run",
     "SGD",
     "datasets",
     "evaluate",
+    "gradient_check",
     "load",
     "schedules",
     "save",

@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, predict, doctor.
+"""The command line: train, evaluate, predict, gradcheck, example, doctor.
 
 Data goes to stdout, everything else to stderr; `--json` prints one JSON object as the last line of stdout. Exit codes:
 0 done, 1 bad data, file or run, 2 bad flag or configuration, 130 interrupted, 143 terminated.
@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -23,14 +23,17 @@ from typing import Any, NoReturn
 import click
 import numpy as np
 
-from . import __version__, backend, checkpoint, datasets, report, training
+from . import __version__, backend, checkpoint, datasets, report, specs, training
 from .activations import HIDDEN, OUTPUT
-from .costs import COSTS
+from .batches import KINDS, check_seed
+from .costs import COSTS, MAKERS, REDUCTIONS
 from .errors import BackpropGPUError, ConfigError, DataError, lookup
+from .examples import EXAMPLES
+from .gradient_check import DIRECTIONS, EPS, TOLERANCE, check_everything, gradient_check, sample_problem
 from .initializers import INITIALIZERS
 from .network import PRECISIONS, Network
 from .optimizers import OPTIMIZERS, choose_optimizer
-from .schedules import SCHEDULES
+from .schedules import SCHEDULES, Warmup, choose_schedule
 
 PROGRAM = "backprop-gpu"
 BACKENDS = ("auto", "numpy", "cupy")
@@ -53,6 +56,68 @@ class Name(click.ParamType):
         return lookup(self.name, value, self._names)
 
 
+class Setting(Name):
+    """NAME or NAME:key=value,... of a table, checked by what will read it."""
+
+    def __init__(self, what: str, names: Iterable[str], read: Callable[[str], Any]) -> None:
+        super().__init__(what, names)
+        self._read = read
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text, if it can be read."""
+        self._read(value)
+        return str(value)
+
+
+class PerLayer(click.ParamType):
+    """One value for all layers, or one a layer with commas between."""
+
+    def __init__(self, one: click.ParamType) -> None:
+        self.name = one.name
+        self._one = one
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str | None:
+        """The choices, for --help."""
+        return self._one.get_metavar(param, ctx) if isinstance(self._one, Name) else "SHARE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A value, or a list of them."""
+        parts = [self._one.convert(part.strip(), param, ctx) for part in str(value).split(",")]
+        return parts if len(parts) > 1 else parts[0]
+
+
+class BatchSize(click.ParamType):
+    """An integer, or `full`."""
+
+    name = "size"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """The choices, for --help."""
+        return "INTEGER|full"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """The size."""
+        one: Any = click.INT
+        return "full" if value == "full" else int(one.convert(value, param, ctx))
+
+
+class ClassWeight(click.ParamType):
+    """`balanced`, or the weights of all classes with commas between."""
+
+    name = "class weight"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """The choices, for --help."""
+        return "balanced|W0,W1,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | list[float]:
+        """The weights."""
+        if value == "balanced":
+            return "balanced"
+        one: Any = click.FLOAT
+        return [float(one.convert(part.strip(), param, ctx)) for part in str(value).split(",")]
+
+
 class Layers(click.ParamType):
     """All widths of a network, with comma, dash or slash between them."""
 
@@ -66,6 +131,7 @@ class Layers(click.ParamType):
         return [int(part) for part in parts]
 
 
+COST = Setting("cost", COSTS, lambda text: specs.build("cost", text, MAKERS))
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 on_backend = click.option("--backend", "where", type=Name("backend", BACKENDS), default="auto", show_default=True)
 
@@ -80,17 +146,66 @@ def cli() -> None:
 @click.option("--data", default="mnist", show_default=True, metavar="mnist|DIR|FILE.npz", help="IDX files or arrays.")
 @click.option("--layers", type=Layers(), help="All widths, such as 784,512,10. Default: the data's, with 512 between.")
 @click.option(
-    "--activation", type=Name("activation", HIDDEN), default="relu", show_default=True, help="Of hidden layers."
+    "--activation",
+    type=PerLayer(Name("activation", HIDDEN)),
+    default="relu",
+    show_default=True,
+    help="Of all hidden layers, or one each: relu,tanh.",
 )
 @click.option("--output", type=Name("output function", OUTPUT), help="Default: softmax for labels, else identity.")
-@click.option("--cost", type=Name("cost", COSTS), help="Default: the one that goes with the output.")
-@click.option("--init", type=Name("initialiser", INITIALIZERS), default="he", show_default=True, help="Of the weights.")
+@click.option("--cost", type=COST, help="Default: the one that goes with the output.")
+@click.option(
+    "--reduction", type=Name("reduction", REDUCTIONS), default="mean", show_default=True, help="Of the costs."
+)
+@click.option(
+    "--init",
+    type=PerLayer(Name("initialiser", INITIALIZERS)),
+    default="he",
+    show_default=True,
+    help="Of the weights of all layers, or one each.",
+)
 @click.option("--bias/--no-bias", default=True, show_default=True)
-@click.option("--optimizer", type=Name("optimizer", OPTIMIZERS), default="adam", show_default=True)
+@click.option(
+    "--dropout", type=PerLayer(click.FLOAT), default=0.0, show_default=True, help="In hidden layers, or each."
+)
+@click.option(
+    "--optimizer",
+    type=Setting("optimizer", OPTIMIZERS, choose_optimizer),
+    default="adam",
+    show_default=True,
+    help="With settings: sgd:momentum=0.9,weight_decay=1e-4.",
+)
 @click.option("--lr", type=float, help=f"Default: {', '.join(f'{n} {lr:g}' for n, (lr, _) in OPTIMIZERS.items())}.")
-@click.option("--schedule", type=Name("schedule", SCHEDULES), default="cosine", show_default=True, help="Of lr.")
+@click.option(
+    "--schedule",
+    type=Setting("schedule", SCHEDULES, choose_schedule),
+    default="cosine",
+    show_default=True,
+    help="Of lr; with settings: step:every=0.25,factor=0.5.",
+)
+@click.option("--warmup", type=float, metavar="STEPS", help="Steps, or share of the run, before the schedule begins.")
 @click.option("--epochs", type=int, default=10, show_default=True)
-@click.option("--batch-size", type=int, default=128, show_default=True)
+@click.option("--batch-size", type=BatchSize(), default=128, show_default=True)
+@click.option("--batches", type=Name("kind of batches", KINDS), default="shuffled", show_default=True)
+@click.option("--class-weight", type=ClassWeight(), help="Of the samples of each class in the cost.")
+@click.option("--l1", type=float, default=0.0, help="Penalty l1 sum |w| on the weights.")
+@click.option("--l2", type=float, default=0.0, help="Penalty l2/2 sum w^2 on the weights.")
+@click.option("--clip-norm", type=float, help="Greatest norm of the gradient.")
+@click.option("--clip-value", type=float, help="Greatest size of each of its elements.")
+@click.option("--label-smoothing", type=float, default=0.0, help="Share of each target spread over the classes.")
+@click.option("--validation", type=float, metavar="SHARE", help="Of the training data, split off to watch.")
+@click.option("--patience", type=int, metavar="EPOCHS", help="Stop after so many without lower validation cost.")
+@click.option("--gradient-tolerance", type=float, help="Stop when the norm of the whole gradient is this small.")
+@click.option("--parameter-tolerance", type=float, help="Stop when no parameter moves more than this in an epoch.")
+@click.option("--time-limit", type=float, metavar="SECONDS", help="Stop after the step in which they have passed.")
+@click.option("--gradient-norms", is_flag=True, help="Report ||dC/dW|| of each layer after each epoch.")
+@click.option("--pretrained", type=click.Path(path_type=Path), metavar="MODEL", help="Take first layers from it.")
+@click.option(
+    "--carry-over", type=int, default=1, show_default=True, metavar="LAYERS", help="How many, with --pretrained."
+)
+@click.option(
+    "--frozen", type=int, default=0, show_default=True, metavar="LAYERS", help="First layers to keep as they are."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @on_backend
 @click.option("--precision", type=Name("precision", PRECISIONS), default="float32", show_default=True)
@@ -99,24 +214,29 @@ def cli() -> None:
 def train(
     data: str,
     layers: list[int] | None,
-    activation: str,
+    activation: Any,
     output: str | None,
     cost: str | None,
-    init: str,
+    init: Any,
     bias: bool,
+    dropout: Any,
     optimizer: str,
     lr: float | None,
     schedule: str,
-    epochs: int,
-    batch_size: int,
+    warmup: float | None,
     seed: int,
     where: str,
     precision: str,
     save: Path | None,
+    pretrained: Path | None,
+    carry_over: int,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Train a network and measure it on the test data."""
-    rule = choose_optimizer(optimizer, lr)
+    rule, factor = choose_optimizer(optimizer, lr), choose_schedule(schedule)
+    if warmup is not None:
+        factor = Warmup(warmup, factor)
     train_set, test_set = datasets.load(data)
     are_labels = train_set.labels.ndim == 1 and train_set.labels.dtype.kind != "f"
     net = Network(
@@ -128,7 +248,10 @@ def train(
         precision=precision,
         seed=seed,
         backend=where,
+        dropout=dropout,
     )
+    if pretrained is not None:
+        net.carry_over(checkpoint.load_network(pretrained, where), carry_over)
     if test_set is not None:
         training.check_data(net, *test_set, cost=cost)  # before the training, not after it
     with report.ProgressBar() as bar:
@@ -138,12 +261,11 @@ def train(
                 *train_set,
                 cost=cost,
                 optimizer=rule,
-                schedule=schedule,
-                epochs=epochs,
-                batch_size=batch_size,
+                schedule=factor,
                 callbacks=[bar],
                 seed=seed,
                 save=save,
+                **settings,
             )
         except Stopped as e:
             _tell_stopped(e.word, bar.run, save)
@@ -151,7 +273,7 @@ def train(
     if save is not None:
         report.tell(f"saved to {save}")
     seconds = sum(history.seconds)
-    tested = training.evaluate(net, *test_set) if test_set else None
+    tested = training.evaluate(net, *test_set, reduction=settings["reduction"]) if test_set else None
     result = {
         "backend": net.backend.name,
         "device": net.backend.device,
@@ -161,13 +283,20 @@ def train(
         "epochs": len(history),
         "steps": history.steps[-1],
         "train_seconds": seconds,
-        "samples_per_second": len(history) * len(train_set.labels) / seconds,
+        "samples_per_second": history.samples / seconds,
         "train_cost": history.train_cost[-1],
         "train_accuracy": history.train_accuracy[-1],
         "test_cost": tested.cost if tested else None,
         "test_accuracy": tested.accuracy if tested else None,
+        "stopped": history.stopped,
         "seed": seed,
     }
+    if settings["validation"] is not None:
+        result["validation_cost"] = history.validation_cost
+        result["validation_accuracy"] = history.validation_accuracy
+        result["best_epoch"] = history.best_epoch
+    if settings["gradient_norms"]:
+        result["gradient_norms"] = history.gradient_norms
     _print(result, report.summary(result, net.backend.reason), as_json)
 
 
@@ -227,6 +356,104 @@ def predict(model: Path, file: Path, proba: bool, where: str, as_json: bool) -> 
     result = report.plain(columns)
     lines = ("\t".join(" ".join(map(str, _row(cell))) for cell in row) for row in zip(*result.values(), strict=True))
     _print(result, "\n".join(lines), as_json)
+
+
+@cli.command()
+@click.option("--layers", type=Layers(), help="All widths. Default: 5,7,4,3, with --data the data's and 16 between.")
+@click.option("--activation", type=PerLayer(Name("activation", HIDDEN)), default="tanh", show_default=True)
+@click.option("--output", type=Name("output function", OUTPUT), default="softmax", show_default=True)
+@click.option("--cost", type=COST, help="Default: the one that goes with the output.")
+@click.option("--reduction", type=Name("reduction", REDUCTIONS), default="mean", show_default=True)
+@click.option("--init", type=PerLayer(Name("initialiser", INITIALIZERS)), default="glorot", show_default=True)
+@click.option("--bias/--no-bias", default=True, show_default=True)
+@click.option("--dropout", type=PerLayer(click.FLOAT), default=0.0, show_default=True, help="Its masks of step 1.")
+@click.option("--l1", type=float, default=0.0)
+@click.option("--l2", type=float, default=0.0)
+@click.option("--label-smoothing", type=float, default=0.0)
+@click.option("--data", metavar="mnist|DIR|FILE.npz", help="Its first training samples. Default: random numbers.")
+@click.option("--samples", type=click.IntRange(min=1), default=6, show_default=True)
+@click.option("--eps", type=float, default=EPS, show_default=True, help="The step of the differences.")
+@click.option("--tolerance", type=float, default=TOLERANCE, show_default=True)
+@click.option("--directions", type=int, default=DIRECTIONS, show_default=True, help="In large networks.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@on_backend
+@click.option("--precision", type=Name("precision", PRECISIONS), default="float64", show_default=True)
+@click.option("--all", "everything", is_flag=True, help="Every activation with every legal pair of output and cost.")
+@as_json
+def gradcheck(
+    layers: list[int] | None,
+    activation: Any,
+    output: str,
+    cost: str | None,
+    init: Any,
+    bias: bool,
+    dropout: Any,
+    data: str | None,
+    samples: int,
+    seed: int,
+    where: str,
+    precision: str,
+    everything: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Hold the gradients of a network against central differences; exit 1 where they do not agree."""
+    if everything:
+        checks = check_everything(seed, precision=precision, backend=where)
+        passed = all(found.passed for _, found in checks)
+        text = "\n".join(f"{title}: {found.verdict}" for title, found in checks)
+        result = {"passed": passed, "checks": [{"title": title, **found.as_dict()} for title, found in checks]}
+    else:
+        train_set = None if data is None else datasets.load(data)[0]
+        if layers is None and train_set is not None:
+            are_labels = train_set.labels.ndim == 1 and train_set.labels.dtype.kind != "f"
+            layers = [train_set.images.shape[1], 16, _outputs(str(data), train_set.labels, are_labels)]
+        net = Network(
+            layers or [5, 7, 4, 3],
+            hidden=activation,
+            output=output,
+            init=init,
+            bias=bias,
+            precision=precision,
+            seed=seed,
+            backend=where,
+            dropout=dropout,
+        )
+        if train_set is None:
+            X, T = sample_problem(net, samples, seed, cost)
+        else:
+            X, T = train_set.images[:samples], train_set.labels[:samples]
+        if dropout:
+            settings["dropout"] = seed, 1
+        found = gradient_check(net, X, T, cost, seed=seed, **settings)
+        passed, text, result = found.passed, str(found), found.as_dict()
+    _print(result, text, as_json)
+    if not passed:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("name", type=Name("example", EXAMPLES), required=False)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw it: .png, .svg, .pdf (matplotlib).")
+@on_backend
+@as_json
+def example(name: str | None, seed: int, plot: Path | None, where: str, as_json: bool) -> None:
+    """Run an observation of the notes, NAME; without a name, list them."""
+    if name is None:
+        width = max(map(len, EXAMPLES))
+        lines = "\n".join(f"{key:{width}}  {one.title}" for key, one in EXAMPLES.items())
+        _print({key: one.title for key, one in EXAMPLES.items()}, lines, as_json)
+        return
+    chosen = EXAMPLES[name]
+    if plot is not None and chosen.plot is None:
+        drawn = ", ".join(key for key, one in EXAMPLES.items() if one.plot)
+        raise ConfigError(f"the example {name} has nothing to draw", f"leave --plot out, or take one of {drawn}")
+    result = chosen.run(check_seed(seed), where)
+    if plot is not None and chosen.plot is not None:
+        chosen.plot(result, plot)
+        report.tell(f"drawn to {plot}")
+    _print(result, chosen.text(result), as_json)
 
 
 @cli.command()

@@ -14,6 +14,7 @@ import importlib
 import itertools
 import math
 import os
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -84,10 +85,8 @@ def zero_init(
             if init == "he":
                 result["cost_from_he"][f] = cost
                 continue
-            W, b = [None, *map(to_host, net.W[1:])], [None, *map(to_host, net.b[1:])]
-            spreads = [
-                spread for l in range(1, net.L) for spread in (np.ptp(W[l], 0), np.ptp(b[l]), np.ptp(W[l + 1], 1))
-            ]
+            W, b = ([None if p is None else to_host(p) for p in v] for v in (net.W, net.b))
+            units = [M for l in range(1, net.L) for M in (W[l], b[l], W[l + 1].T)]  # a row, or element, is of a unit
             result["rows"].append(
                 {
                     "activation": f,
@@ -95,7 +94,7 @@ def zero_init(
                     "dW": [float(np.linalg.norm(g)) for g in start["W"][1:]],
                     "db": [float(np.linalg.norm(g)) for g in start["b"][1:]],
                     "first_step": watch.first,
-                    "units_differ": float(max(np.max(spread) for spread in spreads)),
+                    "units_differ": float(max(np.ptp(M, axis=0).max() for M in units)),
                     "cost": cost,
                 }
             )
@@ -120,8 +119,8 @@ def zero_init_text(result: Result) -> str:
     names = list(rows[0]["first_step"])
     return _report(
         "Zero initialisation (source 5, Back Propagation Observations)",
-        'The source: "If W = 0, then delta = 0 and so all gradients (b, W) are 0". That holds behind the last layer: at\n'
-        "step 0 dW[l] = db[l] = 0 for l < L. But db[L] is not 0, nor is dW[L] where f(0) is not:",
+        'The source: "If W = 0, then delta = 0 and so all gradients (b, W) are 0". That is so behind the last layer: at '
+        "step 0, dW[l] = db[l] = 0 for l < L. But db[L] is not 0, nor is dW[L] where f(0) is not:",
         _table(
             ["f", "f(0)", *(f"||d{name}||" for name in names)],
             [
@@ -129,8 +128,8 @@ def zero_init_text(result: Result) -> str:
                 for r in rows
             ],
         ),
-        f"{result['steps']} steps of gradient descent later. First step that moves a tensor (- is never), largest\n"
-        "difference between the units of a hidden layer, cost, and cost from he's initial weights:",
+        f"{result['steps']} steps of gradient descent: the first that moves each tensor (- is never), the largest "
+        "difference between units of one hidden layer after the last, the cost, and the cost from he's initial weights:",
         _table(
             ["f", *names, "units differ by", "cost", "from he"],
             [
@@ -144,10 +143,10 @@ def zero_init_text(result: Result) -> str:
                 for r in rows
             ],
         ),
-        "With f(0) = 0 only the output bias ever learns: at best how frequent each class is, a cost of\n"
-        f"{result['entropy']:.3f}, the entropy of the labels. Otherwise the layers start to move one after the other, from\n"
-        "the last to the first, but all units of a hidden layer stay equal, up to rounding: the layer is one unit wide.\n"
-        "Should not initialize W to zero, indeed.",
+        "With f(0) = 0 only the output bias ever learns: how frequent each class is, which takes the cost to "
+        f"{result['entropy']:.3f}, the entropy of the labels, at best. Otherwise the layers come to life one after the "
+        "other, the last one first, but the units of a hidden layer stay equal, up to rounding: together they can do "
+        'what one could. "Should not initialize W to zero", then, though not because nothing moves.',
     )
 
 
@@ -167,8 +166,8 @@ def vanishing_gradients(
 
     For each, at the initial theta: `gradient_norms` [||dC/dW[1]||, ..., ||dC/dW[L]||]; `factor` [||Delta[l]|| /
     ||Delta[l+1]|| for l = 1..L-1], what one step back multiplies Delta by, and `derivative`, the mean f'(Z[l]) in it;
-    `first_to_last`, the norms' ratio. `training` holds the norms after each of `epochs` of Adam, `cost` the mean cost
-    of each epoch.
+    `first_to_last`, the norms' ratio. `training` holds the norms after each of `epochs` of gradient descent, `cost`
+    the mean cost of each.
     """
     rows = generator(seed, STREAM).permutation(60_000)[:samples]
     X, T = (part[rows] for part in datasets.load("mnist")[0])
@@ -179,7 +178,7 @@ def vanishing_gradients(
         page = net.backward(X, T)
         norms = [float(np.linalg.norm(g)) for g in page["W"][1:]]
         Delta = [float(np.linalg.norm(D)) for D in page["Delta"][1:]]
-        history = train(net, X, T, None, Adam(1e-3), epochs=epochs, batch_size=50, seed=seed, gradient_norms=True)
+        history = train(net, X, T, None, SGD(0.1), epochs=epochs, batch_size=50, seed=seed, gradient_norms=True)
         result["rows"].append(
             {
                 "activation": f,
@@ -198,12 +197,14 @@ def vanishing_gradients(
 def vanishing_gradients_text(result: Result) -> str:
     """The report of `vanishing_gradients`."""
     rows, L = result["rows"], len(result["layers"]) - 1
+    sigmoid = next(r for r in rows if r["activation"] == "sigmoid")
     return _report(
         "Vanishing gradients (source 5, Back Propagation Observations)",
-        f"{L - 1} hidden layers of {result['layers'][1]} units, {result['samples']} MNIST images. ||dC/dW[l]|| at the\n"
-        "initial theta, the factor ||Delta[l]|| / ||Delta[l+1]|| of the step back to layer l, and the mean f'(Z[l]) in it:",
+        f"{L - 1} hidden layers of {result['layers'][1]} units, {result['samples']} MNIST images. At the initial theta, "
+        "for each layer: ||dC/dW[l]||; what the step back to it multiplies Delta by, ||Delta[l]|| / ||Delta[l+1]||; and "
+        "the mean f'(Z[l]), which is part of that factor:",
         _table(
-            ["layer", *(f"{r['activation']} {what}" for r in rows for what in ("||dW||", "factor", "f'"))],
+            ["layer", *(what for r in rows for what in (f"{r['activation']} ||dW||", "factor", "f'"))],
             [
                 [
                     str(l),
@@ -219,9 +220,9 @@ def vanishing_gradients_text(result: Result) -> str:
                 for l in range(1, L + 1)
             ],
         ),
-        f"The same ratio, first layer to last, before training and after {result['epochs']} epochs of Adam, and the cost:",
+        "||dC/dW[1]|| / ||dC/dW[L]|| before training and after each run of gradient descent, and the cost:",
         _table(
-            ["f", "init", "first/last", "after", "cost of epoch 1", f"of epoch {result['epochs']}"],
+            ["f", "weights", "before", "after", "cost of epoch 1", f"of epoch {result['epochs']}"],
             [
                 [
                     r["activation"],
@@ -234,10 +235,11 @@ def vanishing_gradients_text(result: Result) -> str:
                 for r in rows
             ],
         ),
-        "f' is a factor of Delta at every step back. The sigmoid's is 1/4 at the most, at z = 0, where these units start:\n"
-        "so the gradient is lost layer by layer already before any unit saturates, and the net does not learn (a cost of\n"
-        f"ln 10 = {math.log(10):.3f} is guessing). ReLU's is 0 or 1: with he's weights, which make up for the half that is\n"
-        "0, the first layer's gradient is as large as the last one's, and the net trains. tanh' is near 1 at z = 0.",
+        "f' is a factor of Delta at every step back. The sigmoid's is 1/4 at the most, where z = 0, and its units start "
+        f"near there (mean f' {np.mean(sigmoid['derivative']):.2f}): the gradient is lost layer by layer even before any "
+        f"unit saturates, and training halts at a cost of ln 10 = {math.log(10):.3f}, which is guessing. ReLU's f' is 0 "
+        "or 1, he's weights make up for the zeros, and the gradient of the first layer is of the size of the last one's. "
+        "tanh has f' near 1 where z is near 0.",
     )
 
 
@@ -265,7 +267,7 @@ def vanishing_gradients_plot(result: Result, path: Path) -> None:
 
 
 def lawrence_giles(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """20 points of Lawrence and Giles' curve: x = 0, 1, ..., 19, y = sin(x/3) + uniform(-0.25, 0.25). Both (20,) float64.
+    """20 points of Lawrence and Giles' curve: x = 0, 1, ..., 19 and y = sin(x/3) + uniform(-0.25, 0.25), (20,) float64.
 
     Source 5 does not give its generator ("data.lawrence.giles"): this is our own draw, from `seed`.
     """
@@ -320,8 +322,8 @@ def overfitting_text(result: Result) -> str:
     high, small, large = (fits[name] for name in ("polynomial, degree 15", "MLP 1-20-1", "MLP 1-20-20-1"))
     return _report(
         'Overfitting (source 5, "polynomial interpolation fit": the Lawrence-Giles data, our own draw)',
-        "20 points y = sin(x/3) + uniform(-0.25, 0.25). Residual: RMS of fit - y at the points. Error: fit - sin(x/3) on\n"
-        "a fine grid between the first point and the last:",
+        "20 points y = sin(x/3) + uniform(-0.25, 0.25). Residual: RMS of fit - y at the points. Error: |fit - sin(x/3)| "
+        "on a fine grid from the first point to the last:",
         _table(
             ["fit", "parameters", "residual", "RMS error", "largest error"],
             [
@@ -329,11 +331,12 @@ def overfitting_text(result: Result) -> str:
                 for fit in result["fits"]
             ],
         ),
-        f"The polynomial of degree 15 is nearer to the points than the 1-20-1 network ({high['residual']:.3f} against\n"
-        f"{small['residual']:.3f}) and further from the curve: its error is {high['rms'] / small['rms']:.1f} times as large, "
-        f"{high['max'] / small['max']:.1f} times at the worst place,\nnear the ends, where it swings out between the points. "
-        f"It is not the count of parameters: the network\nof {large['parameters']} parameters is off by "
-        f"{large['rms']:.3f}, the polynomial of {high['parameters']} by {high['rms']:.3f}.",
+        f"The polynomial of degree 15 is nearer to the points than the networks ({high['residual']:.3f} against "
+        f"{small['residual']:.3f} and {large['residual']:.3f}) and further from the curve: its RMS error is "
+        f"{high['rms'] / small['rms']:.1f} and {high['rms'] / large['rms']:.1f} times theirs, its largest "
+        f"{high['max'] / small['max']:.1f} and {high['max'] / large['max']:.1f} times, where it swings between the points "
+        f"near the ends. The count of parameters does not tell: {high['parameters']} here, {small['parameters']} and "
+        f"{large['parameters']} there. Nor is a polynomial wrong as such: degree 5 is near the curve.",
     )
 
 
@@ -387,14 +390,14 @@ def counting_text(result: Result) -> str:
     """The report of `counting`."""
     return _report(
         "Counting (source 5, Counting layers; Biases, Weights)",
-        "A layer is a set of adjustable parameters, so the input is none: a perceptron has one layer, a network with one\n"
-        "hidden layer two. N_w = N_0 N_1 + ... + N_(L-1) N_L, N_b = N_1 + ... + N_L; the last column is what the network\n"
-        "counts itself. The source's example is 784/100/10: 100 + 10 + 784 * 100 + 100 * 10 = 79,510.",
+        "A layer is a set of adjustable parameters, so the input is none: a perceptron has one layer, a network with one "
+        "hidden layer has two. N_w = N_0 N_1 + ... + N_(L-1) N_L, N_b = N_1 + ... + N_L; the last column is what the "
+        "network counts itself. The source's example is 784/100/10: 100 + 10 + 784 * 100 + 100 * 10 = 79,510.",
         _table(
             ["network", "layers", "hidden", "N_w", "N_b", "N_w + N_b", "parameter_count"],
             [
                 ["/".join(map(str, r["widths"]))]
-                + [str(r[k]) for k in ("layers", "hidden_layers", "N_w", "N_b", "total", "parameter_count")]
+                + [f"{r[k]:,}" for k in ("layers", "hidden_layers", "N_w", "N_b", "total", "parameter_count")]
                 for r in result["rows"]
             ],
         ),
@@ -447,26 +450,24 @@ def three_index_text(result: Result) -> str:
     largest = max(result["rows"], key=lambda r: r["elements"])
     n_out, _, n_in = largest["shape"]
     return _report(
-        "The three-index derivative (source 5, Backpropagation)",
-        "z[l] is a vector and W[l] a matrix, so dz/dW has three indices: dz_i/dW_jk = delta_ij a_k. Formed whole, for\n"
-        f"one sample after the other, and multiplied by dC/dz, it gives the engine's dW[l] = Delta A^T / m "
-        f"(m = {result['samples']}):",
+        'The three-index derivative (source 5: "sparse and collapses when multiplied")',
+        "z[l] is a vector, W[l] a matrix, so dz/dW has three indices: dz_i/dW_jk = delta_ij a_k. Formed whole for one "
+        f"sample after the other (m = {result['samples']}) and multiplied by dC/dz, against the engine's dW[l] = Delta "
+        "A^T / m:",
         _table(
             ["layer", "dz/dW", "elements", "not 0", "dW", "difference"],
             [
                 [
                     str(r["layer"]),
                     " x ".join(map(str, r["shape"])),
-                    f"{r['elements']:,}",
-                    f"{r['nonzero']:,}",
-                    f"{r['elements_of_dW']:,}",
+                    *(f"{r[key]:,}" for key in ("elements", "nonzero", "elements_of_dW")),
                     f"{r['difference']:.1e}",
                 ]
                 for r in result["rows"]
             ],
         ),
-        f"One element in {n_out} is not 0, and sum_i dC/dz_i delta_ij a_k = dC/dz_j a_k: the outer product needs\n"
-        f"{n_out} + {n_in} numbers, not {largest['elements']:,}, and forms no third index.",
+        f"One element in {n_out} of the largest is not 0. As sum_i dC/dz_i delta_ij a_k = dC/dz_j a_k, the outer product "
+        f"of a vector of {n_out} and one of {n_in} takes the place of {largest['elements']:,} elements.",
     )
 
 
@@ -489,25 +490,27 @@ def product_order(
         page = net.backward(rng.standard_normal((1, N)), rng.standard_normal((1, N)))
         delta, W, d = page["Delta"][2][0], to_host(net.W[2]), 1 - page["A"][1][0] ** 2
         D, wanted = np.diag(d), page["Delta"][1][0]
-        rows.append({"width": N, "multiplications": multiplications(N, N), "difference": {}, "seconds": {}})
-        ways: dict[str, Callable[[], np.ndarray]] = {
-            "vector first": lambda delta=delta, W=W, D=D: (delta @ W) @ D,  # type: ignore[misc]
-            "matrices first": lambda delta=delta, W=W, D=D: delta @ (W @ D),  # type: ignore[misc]
-            "Hadamard": lambda delta=delta, W=W, d=d: d * (W.T @ delta),  # type: ignore[misc]
+        ways: dict[str, Callable[..., np.ndarray]] = {
+            "vector first": lambda delta, W, d, D: (delta @ W) @ D,
+            "matrices first": lambda delta, W, d, D: delta @ (W @ D),
+            "Hadamard": lambda delta, W, d, D: d * (W.T @ delta),
         }
+        difference, seconds = {}, {}
         for way, product in ways.items():
-            seconds, found = math.inf, wanted
+            times = []
             for _ in range(repeats):
                 start = time.perf_counter()
-                found = product()
-                seconds = min(seconds, time.perf_counter() - start)
-            rows[-1]["difference"][way] = float(np.abs(found - wanted).max() / np.abs(wanted).max())
-            rows[-1]["seconds"][way] = seconds
+                found = product(delta, W, d, D)
+                times.append(time.perf_counter() - start)
+            difference[way] = float(np.abs(found - wanted).max() / np.abs(wanted).max())
+            seconds[way] = min(times)
+        counts = multiplications(N, N)
+        rows.append({"width": N, "multiplications": counts, "difference": difference, "seconds": seconds})
     return {"repeats": repeats, "rows": rows}
 
 
 def multiplications(n_out: int, n_in: int) -> dict[str, int]:
-    """Multiplications of each way to form delta^T W D, W n_out x n_in, D n_in x n_in (a full matrix, but for Hadamard)."""
+    """Multiplications of each way to form delta^T W D: W is n_out x n_in, D a full n_in x n_in but for Hadamard."""
     return {
         "vector first": n_out * n_in + n_in * n_in,
         "matrices first": n_out * n_in * n_in + n_out * n_in,
@@ -520,26 +523,36 @@ def product_order_text(result: Result) -> str:
     rows = result["rows"]
     return _report(
         'The order of products (source 5: "Performing vector-matrix product first is more efficient")',
-        "The step back, delta^T W D with D = diag(f'(z)): multiplications of (delta^T W) D, of delta^T (W D), and of\n"
-        f"d ⊙ (W^T delta), which is what this package does; and seconds on this machine, the least of {result['repeats']}:",
+        "The step back from delta through W and D = diag(f'(z)), all N wide: (delta^T W) D, vector first; delta^T (W D), "
+        "matrices first; d ⊙ (W^T delta), Hadamard, as this package does it. Multiplications, and the ratio of the first "
+        "two:",
         _table(
-            ["N", "(dT W) D", "dT (W D)", "d ⊙ (WT d)", "ratio", "(dT W) D", "dT (W D)", "d ⊙ (WT d)", "ratio"],
+            ["N", "vector first", "matrices first", "Hadamard", "ratio"],
             [
                 [
                     str(r["width"]),
                     *(f"{n:,}" for n in r["multiplications"].values()),
-                    f"{r['multiplications']['matrices first'] / r['multiplications']['vector first']:.0f}",
-                    *(f"{s:.1e} s" for s in r["seconds"].values()),
-                    f"{r['seconds']['matrices first'] / r['seconds']['vector first']:.0f}",
+                    f"{_ratio(r, 'multiplications'):.0f}",
                 ]
                 for r in rows
             ],
         ),
-        "Ratio: of matrices first to vector first; counted it is about N/2, so it grows with the width. Measured it\n"
-        "differs: a matrix product uses each number that it loads many times, a vector-matrix product once.\n"
-        "All three give the engine's Delta within "
-        f"{max(x for r in rows for x in r['difference'].values()):.1e} of its largest element.",
+        f"Microseconds on this machine, the least of {result['repeats']}:",
+        _table(
+            ["N", "vector first", "matrices first", "Hadamard", "ratio"],
+            [
+                [str(r["width"]), *(f"{1e6 * s:,.0f}" for s in r["seconds"].values()), f"{_ratio(r, 'seconds'):.0f}"]
+                for r in rows
+            ],
+        ),
+        "Counted, matrices first is N/2 times as much. Measured, the ratio grows with N too but is smaller: a product of "
+        "matrices uses each number that it loads many times, a vector-matrix product uses it once. The results are "
+        f"those of the engine, to {max(x for r in rows for x in r['difference'].values()):.1e} of the largest element.",
     )
+
+
+def _ratio(row: dict[str, Any], key: str) -> float:
+    return row[key]["matrices first"] / row[key]["vector first"]
 
 
 def product_order_plot(result: Result, path: Path) -> None:
@@ -566,51 +579,65 @@ def chain(seed: int = 0, backend: str = "auto", activations: Sequence[str] = tup
 
     x = 1, W[1] = w, W[2] = W[3] = 1, every function f; the squared error with target z - 1 has derivative 1 by z, so
     dW[1] is dz/dw. For each f and for w = u and -u, u drawn from [0.3, 1.2): `z`; `factors` f'(f(f(w))), f'(f(w)),
-    f'(w), each a central difference of f; their `product`; `dW1` of the engine. In float64.
+    f'(w) from the formula of f', and their `product`; `dW1` of the engine; `difference_quotient`, the central one of
+    z by w. In float64.
     """
-    u, h = float(generator(seed, STREAM).uniform(0.3, 1.2)), 1e-5
+    u, h, x = float(generator(seed, STREAM).uniform(0.3, 1.2)), 1e-5, np.ones((1, 1))
     rows = []
     for name in activations:
         net = Network([1, 1, 1, 1], name, name, bias=False, precision="float64", seed=seed, backend=backend)
-        f = Network([1, 1], output=name, bias=False, precision="float64", seed=seed, backend=backend)
-        for W in (*net.W[1:], *f.W[1:]):
+        for W in net.W[1:]:
             W[...] = 1
         for w in (u, -u):
             net.W[1][...] = w
-            page = net.backward(np.ones((1, 1)), net.forward(np.ones((1, 1))) - 1, "squared_error")
-            at = np.array([page["Z"][l] for l in (3, 2, 1)]).reshape(3, 1)  # f(f(w)), f(w), w
-            factors = ((f.forward(at + h) - f.forward(at - h)) / (2 * h))[:, 0]
+            page = net.backward(x, net.forward(x) - 1, "squared_error")
+            factors = [_derivative(name, page["Z"][l], page["A"][l]) for l in (3, 2, 1)]
+            z = []
+            for beside in (w - h, w + h):
+                net.W[1][...] = beside
+                z.append(float(net.forward(x)[0, 0]))
             rows.append(
                 {
                     "activation": name,
                     "w": w,
                     "z": float(page["A"][3][0, 0]),
-                    "factors": factors.tolist(),
-                    "product": float(factors.prod()),
+                    "factors": factors,
+                    "product": math.prod(factors),
                     "dW1": float(page["W"][1][0, 0]),
+                    "difference_quotient": (z[1] - z[0]) / (2 * h),
                 }
             )
     return {"rows": rows}
 
 
+def _derivative(name: str, Z: np.ndarray, A: np.ndarray) -> float:
+    """f'(z) of one unit, from the table of activations."""
+    f, D = HIDDEN[name], np.ones_like(Z)
+    if f.derivative is not None:
+        f.derivative(np, Z if f.derivative_from == "Z" else A, D, (np.empty_like(Z), np.empty_like(Z)))
+    return float(D[0, 0])
+
+
 def chain_text(result: Result) -> str:
     """The report of `chain`."""
+    rows = result["rows"]
+    apart = max(abs(r["product"] - r["dW1"]) for r in rows), max(abs(r["difference_quotient"] - r["dW1"]) for r in rows)
     return _report(
         "The chain rule (source 3, Chain Rule)",
-        "x = f(w), y = f(x), z = f(y): dz/dw = f'(f(f(w))) f'(f(w)) f'(w). As a 1-1-1-1 network without biases, with\n"
-        "input 1, W[1] = w and the other weights 1, dz/dw is dW[1]. The factors are central differences of f:",
+        "x = f(w), y = f(x), z = f(y), so dz/dw = f'(f(f(w))) f'(f(w)) f'(w). As a 1-1-1-1 network without biases, with "
+        "input 1, W[1] = w and the other weights 1, dz/dw is dW[1]:",
         _table(
             ["f", "w", "z", "f'(f(f(w)))", "f'(f(w))", "f'(w)", "product", "dW[1]"],
             [
                 [r["activation"], f"{r['w']:.4f}", f"{r['z']:.6f}"]
                 + [f"{factor:.6f}" for factor in r["factors"]]
                 + [f"{r['product']:.8f}", f"{r['dW1']:.8f}"]
-                for r in result["rows"]
+                for r in rows
             ],
         ),
-        f"Largest difference between the last two columns: "
-        f"{max(abs(r['product'] - r['dW1']) for r in result['rows']):.1e}. Forward propagation computes f(w) and f(f(w))\n"
-        "once; backpropagation uses them again, from the last factor to the first.",
+        f"dW[1] differs from the product by {apart[0]:.1e} at the most, and from the central difference of z by w by "
+        f"{apart[1]:.1e}. Forward propagation computes f(w) and f(f(w)) once; backpropagation multiplies the factors from "
+        "the left, and each partial product is the Delta of a layer.",
     )
 
 
@@ -624,41 +651,40 @@ def pretraining(
     labelled: int = 500,
     draws: int = 3,
     pretraining_epochs: int = 10,
-    epochs: int = 50,
+    epochs: int = 40,
     tested: int = 10_000,
 ) -> Result:
     """A first layer from an autoencoder, carried over into a classifier that has few labels (source 5).
 
-    With sigmoid (glorot) and ReLU (he) units: an autoencoder 784-100-784 (sigmoid output, squared error) learns
-    `unlabelled` MNIST images by heart, then 784-100-10 trains on `labelled` ones in three ways that start from the same
-    theta and see the same batches: "scratch"; "pretrained", with W[1] and b[1] of the autoencoder; "frozen", the same,
-    W[1] and b[1] kept. Repeated with `draws` draws of labelled images. `accuracy` of each way on `tested` test images,
-    one a draw; `reconstruction`, the autoencoder's cost in its first epoch and its last; `parameters_kept`: whether the
-    frozen ones are bit by bit what they were.
+    With sigmoid (glorot) and ReLU (he) units: an autoencoder 784-100-784 (sigmoid output, squared error) learns to
+    reproduce `unlabelled` MNIST images; 784-100-10 then trains on `labelled` ones, in four ways that share the initial
+    W[2], b[2] and the batches: from "scratch"; "pretrained", W[1] and b[1] those of the autoencoder; "frozen", the same
+    and kept so; "frozen random", W[1] and b[1] kept as drawn. `accuracy` of each way on `tested` test images, once for
+    each of `draws` draws of labelled images; `reconstruction`, the autoencoder's cost in its first epoch and its last;
+    `parameters_kept`: whether the frozen ones are bit by bit what they were.
     """
     (images, labels), test = datasets.load("mnist")
     assert test is not None
     X_test, T_test = test.images[:tested], test.labels[:tested]
     orders = [generator(seed, STREAM + i).permutation(len(images)) for i in range(draws + 1)]
     X = images[orders[0][:unlabelled]]
-    result: Result = {"unlabelled": unlabelled, "labelled": labelled, "tested": len(X_test), "rows": []}
+    T = X / np.float32(255)
+    result: Result = {"unlabelled": unlabelled, "labelled": labelled, "draws": draws, "tested": len(X_test), "rows": []}
     for f, init, lr in (("sigmoid", "glorot", 1e-2), ("relu", "he", 2e-3)):
         autoencoder = Network([784, 100, 784], f, "sigmoid", init, seed=seed, backend=backend)
-        T = X / np.float32(255)
         history = train(autoencoder, X, T, "squared_error", Adam(lr / 2), "cosine", pretraining_epochs, seed=seed)
-        accuracy: dict[str, list[float]] = {"scratch": [], "pretrained": [], "frozen": []}
+        accuracy: dict[str, list[float | None]] = {w: [] for w in ("scratch", "pretrained", "frozen", "frozen random")}
         kept = True
-        for draw in range(draws):
-            rows = orders[draw + 1][:labelled]
+        for draw, order in enumerate(orders[1:]):
+            few = images[order[:labelled]], labels[order[:labelled]]
             for way, found in accuracy.items():
                 net = Network([784, 100, 10], f, init=init, seed=seed, backend=backend)
-                if way != "scratch":
+                if way in ("pretrained", "frozen"):
                     net.W[1][...], net.b[1][...] = autoencoder.W[1], autoencoder.b[1]
-                frozen = int(way == "frozen")
-                train(net, images[rows], labels[rows], None, Adam(lr), "cosine", epochs, 50, seed=draw, frozen=frozen)
-                if frozen:
-                    kept &= _bits(net.W[1], net.b[1]) == _bits(autoencoder.W[1], autoencoder.b[1])
-                found.append(evaluate(net, X_test, T_test).accuracy or 0.0)
+                before, frozen = _bits(net.W[1], net.b[1]), int(way.startswith("frozen"))
+                train(net, *few, None, Adam(lr), "cosine", epochs, min(50, labelled), seed=draw, frozen=frozen)
+                kept &= not frozen or _bits(net.W[1], net.b[1]) == before
+                found.append(evaluate(net, X_test, T_test).accuracy)
         result["rows"].append(
             {
                 "activation": f,
@@ -673,32 +699,38 @@ def pretraining(
 def pretraining_text(result: Result) -> str:
     """The report of `pretraining`."""
     rows = result["rows"]
-    mean = {r["activation"]: {way: float(np.mean(a)) for way, a in r["accuracy"].items()} for r in rows}
-    gains = [
-        f"{f}: {100 * (a['pretrained'] - a['scratch']):+.1f} points pre-trained, "
-        f"{100 * (a['frozen'] - a['scratch']):+.1f} with the first layer frozen"
-        for f, a in mean.items()
-    ]
-    helped = [f for f, a in mean.items() if a["pretrained"] > a["scratch"]]
-    verdict = f"with {' and '.join(helped)} units alone" if len(helped) == 1 else "in both" if helped else "in neither"
     kept = "are bit by bit what they were" if all(r["parameters_kept"] for r in rows) else "HAVE CHANGED"
-    draws = len(rows[0]["accuracy"]["scratch"])
+    told = []
+    for r in rows:
+        mean = {way: 100 * float(np.mean(accuracy)) for way, accuracy in r["accuracy"].items()}
+        told.append(
+            f"With {r['activation']} units the pre-trained layer, trained on, gives {mean['pretrained'] - mean['scratch']:+.1f} "
+            f"points against starting from scratch; frozen, {mean['frozen'] - mean['scratch']:+.1f}, but "
+            f"{mean['frozen'] - mean['frozen random']:+.1f} against a frozen layer of random weights."
+        )
     return _report(
         'Pre-training (source 5: "Preprocessing using unsupervised training is very effective")',
-        f"An autoencoder 784-100-784 learns {result['unlabelled']} images without labels; its first layer goes into a\n"
-        f"classifier 784-100-10 that has {result['labelled']} labels. Accuracy on {result['tested']} test images, mean of "
-        f"{draws} draws of the labelled\nimages, lowest to highest:",
+        f"An autoencoder 784-100-784 learns to reproduce {result['unlabelled']} images, without labels; its first layer "
+        f"goes into a classifier 784-100-10 that has {result['labelled']} labels. Accuracy in % on {result['tested']} test "
+        f"images, mean of {result['draws']} draws of the labelled images (lowest to highest):",
         _table(
-            ["f", "cost of autoencoder", "from scratch", "pre-trained", "pre-trained, frozen"],
+            ["first layer", *(r["activation"] for r in rows)],
             [
-                [r["activation"], f"{r['reconstruction'][0]:.1f} to {r['reconstruction'][1]:.1f}"]
-                + [f"{100 * np.mean(a):.1f} % ({100 * min(a):.1f}..{100 * max(a):.1f})" for a in r["accuracy"].values()]
-                for r in rows
-            ],
+                [
+                    way,
+                    *(
+                        f"{100 * np.mean(a):.1f} ({100 * min(a):.1f} to {100 * max(a):.1f})"
+                        for a in (r["accuracy"][way] for r in rows)
+                    ),
+                ]
+                for way in rows[0]["accuracy"]
+            ]
+            + [["autoencoder's cost", *(f"{a:.1f} to {b:.1f}" for a, b in (r["reconstruction"] for r in rows))]],
         ),
-        f"Against starting from scratch: {'; '.join(gains)}.\n"
-        f"At this size the pre-trained first layer is a better start {verdict}: no more can be said of so\n"
-        f"shallow a network. The frozen W[1] and b[1] {kept}; only the 1 010\nparameters of the last layer train then.",
+        *told,
+        "What the autoencoder has learnt helps the output layer, which is the source's point, where nothing else trains "
+        "the first layer. Where the labels train it too, the start makes little difference at this size, for better or "
+        f"worse. The frozen W[1] and b[1] {kept}.",
     )
 
 
@@ -732,16 +764,15 @@ def _short(x: float) -> str:
 
 
 def _report(*parts: str) -> str:
-    return "\n\n".join(parts)
+    """Paragraphs, wrapped, and tables, which are more than one line already, with an empty line between."""
+    return "\n\n".join(p if "\n" in p else textwrap.fill(p, 100, break_on_hyphens=False) for p in parts)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as their widest entry: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return "\n".join(
-        "  "
-        + "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in (header, *rows)
+        "  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (header, *rows)
     )
 
 

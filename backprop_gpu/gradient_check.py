@@ -9,19 +9,19 @@ with the norms taken over the lines of a tensor. Three things part n from g alth
 told from a wrong formula without looking at g:
 
 Rounding. A cost is exact to about delta = 2^-53 |C|, n to delta / eps. delta is measured: it is how far the cost moves
-when theta moves by its last bits, as every rounding on the way amounts to such a move.
+when theta and every A on the way move by their last bits.
 
 Kinks. Where ReLU, |y - t| or |w| has its corner within eps of theta, n mixes two slopes. Two numbers tell, with
 D(h) = (phi(h) - phi(-h)) / (2h) and S(h) = (phi(h) - 2 phi(0) + phi(-h)) / h:
 
     d = D(h) - D(h/2)        t = S(h) - 2 S(h/2)
 
-Where phi is smooth both vanish as h^2 or faster. A corner of jump J at distance r h makes t = (3r - 1) J for r < 1/2,
-which misses r = 1/3, and d = r J / 2, which misses r = 0; never both. The error it makes in n, (1 - r) J / 2, is 2.5 times
-the larger of the two at most; a jump of f'' (ELU, Huber) makes 2 d. So a gap between n and g that d and t do not
-account for is the formula's.
+Where phi is smooth both vanish as h^2 or faster. A corner, with a jump J of the slope, at distance r h, r < 1/2, makes
+|t| = |1 - 3r| J, which misses r = 1/3, and |d| = r J / 2, which misses r = 0; never both. Its error in n, which is
+(1 - r) J / 2, is at most 2.5 times the larger of the two; that of a jump of the second derivative (ELU, Huber) is at
+most 2 |d|. So a gap between n and g that d and t do not account for is the formula's.
 
-Curvature. It makes 4/3 d, and a smaller step mends it.
+Curvature. It makes 4/3 d, which can be taken off, and smaller steps mend it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class Row:
     direction where `along` is "directions". `error`: ||n - g|| / max(||n||, ||g||) over them, infinite where something
     was not finite; `noise`: the part of it that rounding can make, None where the gradient is 0. `kinks`: how many more
     lines were left out, and the first of them. `own`: the error of the network's own gradient, in its own precision and
-    on its own backend, None where that is float64 on NumPy. `status`: "passed", "below noise" (the gradient is lost in
+    on its own backend, and `own_noise` the part of it that rounding can make; None where that is float64 on NumPy.
+    `status`: "passed", "below noise" (the gradient is lost in
     rounding: nothing was shown), "inconclusive" (kinks in more than half of it), "FAILED", or "FAILED (own)".
     """
 
@@ -81,6 +82,7 @@ class Row:
     kinks: int
     first_kink: str | None
     own: float | None
+    own_noise: float | None
     status: str
 
 
@@ -143,6 +145,8 @@ class Report:
         if self.own_tolerance is not None:
             furthest = max(compared, key=lambda row: row.own or 0.0)
             text += f"; {self.where}: {_short(furthest.own)} ({furthest.name}), tolerance {self.own_tolerance:g}"
+            if (furthest.own or 0.0) > self.own_tolerance:
+                text += f", of rounding {_short(furthest.own_noise)}"
         if kinks := sum(row.kinks for row in self.rows):
             text += f"; {kinks} left out at kinks"
         if lost := [row.name for row in self.rows if row.status == BELOW_NOISE]:
@@ -186,6 +190,7 @@ class Report:
                     "error": _finite(row.error),
                     "noise": _finite(row.noise),
                     "own": _finite(row.own),
+                    "own_noise": _finite(row.own_noise),
                 }
                 for row in self.rows
             ],
@@ -231,20 +236,22 @@ def gradient_check(
     def gradient_of(network: Network, targets: Any) -> dict[str, Any]:
         return network.gradients(data, targets, chosen, **on_host)
 
+    def cost_of(network: Network) -> Callable[[], float]:
+        alone = _cost_alone(network, data, wanted, chosen, **on_host)
+        if abs(alone() - page["cost"]) <= 1e-9 * abs(page["cost"]):
+            return alone
+        return lambda: float(gradient_of(network, wanted)["cost"])  # it is this cost whose gradient is checked
+
     with np.errstate(all="ignore"):
         page = gradient_of(exact, wanted)
         if not math.isfinite(page["cost"]):
             raise DataError(
                 f"the cost is {page['cost']:g} at these parameters", "scale X to about -1..1, or look at the parameters"
             )
-        C = _cost_alone(exact, data, wanted, chosen, **on_host)
-        if not abs(C() - page["cost"]) <= 1e-12 * abs(page["cost"]):  # it is this cost whose gradient is checked
-
-            def C() -> float:
-                return float(gradient_of(exact, wanted)["cost"])
-
+        C = cost_of(exact)
         outputs = float(np.abs(exact.forward(data)).max())
-        delta = _noise(exact.theta, C, eps, page["cost"], min(1.0, outputs), seed)
+        coarse = _coarse(exact, 2.0**-53, seed)
+        delta = _noise(coarse, cost_of(coarse), eps, page["cost"], min(1.0, outputs), seed)
         where = None if (exact.precision, exact.backend.name) == (net.precision, net.backend.name) else _where(net)
         own = {}
         if where is not None:
@@ -253,7 +260,9 @@ def gradient_check(
         for i, (name, theta, g) in enumerate(_tensors(exact, page)):
             one_by_one = every or theta.size <= directions
             lines = _Lines(theta, theta.size if one_by_one else directions, one_by_one, seed, STREAM + (i << 32), C)
-            rows.append(_compare(name, lines, g, page["cost"], delta, eps, tolerance, own.get(name)))
+            rows.append(
+                _compare(name, lines, g, page["cost"], delta, eps, tolerance, own.get(name, (None, None, True)))
+            )
     return Report(
         tuple(rows), float(page["cost"]), chosen.name, tuple(net.layers), len(data), eps, tolerance,
         where, None if where is None else _own(net)[1],
@@ -343,9 +352,9 @@ def _compare(
     delta: float,
     eps: float,
     tolerance: float,
-    own: tuple[float, bool] | None,
+    own: tuple[float | None, float | None, bool],
 ) -> Row:
-    """The row of one tensor, its gradient by the formulas being g; `own` is its own error, and whether that will do."""
+    """The row of one tensor, its gradient by the formulas being g; `own` as from `_own_errors`."""
     s = lines.slopes(g)
     ends = [lines.phi(k, eps, -eps) for k in range(lines.count)]
     n = np.array([(up - down) / (2 * eps) for up, down in ends])
@@ -367,7 +376,8 @@ def _compare(
         status = BELOW_NOISE
     else:
         status = PASSED
-    if own is not None and not own[1] and status != FAILED:
+    own_error, own_noise, own_will_do = own
+    if not own_will_do and status != FAILED:
         status = OWN_FAILED
     return Row(
         name=name,
@@ -378,7 +388,8 @@ def _compare(
         noise=floor / scale if scale else None,
         kinks=int(kink.sum()),
         first_kink=name + lines.name(int(kink.argmax())) if kink.any() else None,
-        own=None if own is None else own[0],
+        own=own_error,
+        own_noise=own_noise,
         status=status,
     )
 
@@ -388,8 +399,8 @@ def _look_closer(
 ) -> tuple[float, float, bool]:
     """The slope n of line k, its rounding error, and whether a kink makes it unknown.
 
-    `ends`: phi(eps), phi(-eps). `s`: what the formulas say; `share`: how far n may be from it. Steps eps, eps/10, eps/100
-    are taken until n is within its share or phi is smooth, and as long as smaller ones can still tell anything.
+    `ends`: phi(eps), phi(-eps). `s`: what the formulas say; `share`: how far n may be from it. The steps eps, eps/10,
+    eps/100 are taken until n is within its share or phi is smooth, and as long as smaller ones can still tell anything.
     """
     h, (up, down), steps = eps, ends, SMALLER_STEPS
     while True:
@@ -398,36 +409,66 @@ def _look_closer(
         if gap <= max(share, rounding):
             return n, rounding, False
         inner_up, inner_down = lines.phi(k, h / 2, -h / 2)
-        d = abs(n - (inner_up - inner_down) / h)
+        d = n - (inner_up - inner_down) / h
         t = abs((up - 2 * C + down) - 4 * (inner_up - 2 * C + inner_down)) / h
         d_rounding, t_rounding = 3.2 * delta / h, 17 * delta / h  # twice what that of the costs in them adds up to
-        if d <= d_rounding and t <= t_rounding:
+        if abs(d) <= d_rounding and t <= t_rounding:
             return n, rounding, False  # smooth: the gap is the formula's
-        lost = 10 * d_rounding > gap / 2 or (t > d and 10 * t_rounding > t / 2)
+        if abs(n - 4 / 3 * d - s) <= max(share, 2.7 * rounding):
+            return n - 4 / 3 * d, 2.7 * rounding, False  # Richardson's extrapolation: it was curvature
+        lost = 10 * d_rounding > gap / 2 or (t > abs(d) and 10 * t_rounding > t / 2)
         if steps == 0 or lost:
             # Corners of several samples at one place can hide in t behind each other, in part.
-            return n, rounding, gap <= 4 * d or (t > t_rounding and gap <= 32 * t)
+            return n, rounding, gap <= 4 * abs(d) or (t > t_rounding and gap <= 32 * t)
         h, steps = h / 10, steps - 1
         up, down = lines.phi(k, h, -h)
 
 
-def _noise(theta: np.ndarray, C: Callable[[], float], eps: float, at_theta: float, outputs: float, seed: int) -> float:
-    """The rounding error delta of a cost near theta: its standard deviation when theta moves by its last bits.
+def _noise(coarse: Network, C: Callable[[], float], eps: float, at_theta: float, outputs: float, seed: int) -> float:
+    """The rounding error delta of a cost near theta: its standard deviation when all moves by its last bits.
 
     At least 2^-53 (|C| + outputs): softmax and sigmoid lose what is that small beside 1, however small C is.
     """
-    before, rng = theta.copy(), generator(seed, STREAM - 1)
-    near = before + eps * rng.choice(
-        (-1.0, 1.0), theta.size
-    )  # a cost of 0 has no rounding error, beside it there is one
+    rng = generator(seed, STREAM - 1)
+    near = coarse.theta + eps * rng.choice((-1.0, 1.0), coarse.theta.size)  # a cost of 0 is exact, those beside it not
     costs = []
     for _ in range(8):
-        theta[...] = near * (1 + 2.0**-52 * rng.choice((-1.0, 1.0), theta.size))
+        coarse.theta[...] = near * (1 + 2.0**-52 * rng.choice((-1.0, 1.0), near.size))
         costs.append(C())
-    theta[...] = before
     spread = float(np.std(costs, ddof=1))
     floor = 2.0**-53 * (abs(at_theta) + outputs)
     return max(spread, floor) if math.isfinite(spread) else floor
+
+
+def _coarse(net: Network, unit: float, seed: int) -> Network:
+    """A copy of `net` in whose passes all A and f' move by their last bits in a precision of roundoff `unit`."""
+    coarse, rng = net.to("numpy"), generator(seed, STREAM - 2)
+    coarse.f[1:], coarse.g = [_rounded(f, unit, rng) for f in coarse.f[1:]], _rounded(coarse.g, unit, rng)
+    return coarse
+
+
+def _rounded(f: Activation, unit: float, rng: np.random.Generator) -> Activation:
+    """f with values and derivatives moved by as much as rounding in a precision may do.
+
+    Where f' is taken from A, A has few roundings behind it, relative to itself. Elsewhere they may be relative to Z,
+    and in f' to Z^2, as in GELU with z (1 + tanh(...)) / 2.
+    """
+
+    def move(a: np.ndarray, size: np.ndarray) -> None:
+        a += 2 * unit * rng.choice((-1.0, 1.0), a.shape) * size
+
+    def value(xp: Any, Z: np.ndarray, A: np.ndarray, s: Any) -> None:
+        Z_size = np.abs(Z)  # A may be Z
+        f.value(xp, Z, A, s)
+        move(A, np.maximum(Z_size, np.abs(A)) if f.derivative_from == "Z" else np.abs(A))
+
+    def derivative(xp: Any, K: np.ndarray, D: np.ndarray, s: Any) -> None:
+        assert f.derivative is not None
+        f.derivative(xp, K, D, s)
+        if f.derivative_from == "Z":
+            move(D, 1 + K * K)
+
+    return f._replace(value=value, derivative=None if f.derivative is None else derivative)
 
 
 # ------------------------------------------------------------------------------- the network's own gradient
@@ -441,22 +482,21 @@ def _own_errors(
     gradient_of: Callable[[Network, Any], dict[str, Any]],
     wanted: np.ndarray,
     cost: Cost,
-) -> dict[str, tuple[float, bool]]:
-    """By tensor: the error of the gradient `own` against float64's `page`, and whether it is small enough.
+) -> dict[str, tuple[float, float | None, bool]]:
+    """By tensor: the error of the gradient `own` against float64's `page`, its rounding, and whether it will do.
 
-    It may be as large as what rounding to the network's precision can make, whatever the tolerance: a gradient that is a
-    small difference of large numbers has few digits in float32. How large that is shows the float64 gradient when theta,
-    T, every A and every f'(Z) move by their last bits in that precision.
+    It may be as large as what rounding to the network's precision can make, whatever the tolerance: a gradient that is
+    a small difference of large numbers has few digits in float32. How large that is tells the float64 gradient when
+    theta, T, every A and every f'(Z) move by their last bits in that precision.
     """
     unit, tolerance = _own(net)
-    K, rng = exact.layers[-1], generator(0, STREAM - 2)
+    K, rng = exact.layers[-1], generator(0, STREAM - 1)
     rows = np.eye(K)[wanted] if wanted.ndim == 1 else wanted
     if K > 1:
         other = np.roll(rows, 1, axis=1)  # a mixture with it is a legal target again
     else:
         other = {"cross_entropy": rows, "binary_cross_entropy": 1 - rows}.get(cost.name, 2 * rows)
-    coarse = exact.to("numpy")
-    coarse.f[1:], coarse.g = [_rounded(f, unit, rng) for f in coarse.f[1:]], _rounded(coarse.g, unit, rng)
+    coarse = _coarse(exact, unit, 0)
     floors = dict.fromkeys((name for name, _, _ in _tensors(exact, page)), 0.0)
     for _ in range(4):
         coarse.theta[...] = exact.theta * (1 + 2 * unit * rng.choice((-1.0, 1.0), exact.theta.size))
@@ -466,25 +506,10 @@ def _own_errors(
     found = {}
     for (name, _, g), (_, _, mine) in zip(_tensors(exact, page), _tensors(exact, own), strict=True):
         mine = to_host(mine).astype(np.float64)
-        error, gap = _error(mine, g), float(np.linalg.norm(mine - g))
-        found[name] = error, error <= tolerance or gap <= 4 * floors[name]
+        scale, gap = _scale(mine, g), float(np.linalg.norm(mine - g))
+        floor = 4 * floors[name] + float(np.finfo(net.dtype).tiny) / unit
+        found[name] = _error(mine, g), floor / scale if scale else None, gap <= max(tolerance * scale, floor)
     return found
-
-
-def _rounded(f: Activation, unit: float, rng: np.random.Generator) -> Activation:
-    """f with values, and derivatives that are taken from Z, moved by their last bits in a precision."""
-
-    def value(xp: Any, Z: np.ndarray, A: np.ndarray, s: Any) -> None:
-        f.value(xp, Z, A, s)
-        A *= 1 + 2 * unit * rng.choice((-1.0, 1.0), A.shape)
-
-    def derivative(xp: Any, K: np.ndarray, D: np.ndarray, s: Any) -> None:
-        assert f.derivative is not None
-        f.derivative(xp, K, D, s)
-        if f.derivative_from == "Z":
-            D += 2 * unit * rng.choice((-1.0, 1.0), D.shape)
-
-    return f._replace(value=value, derivative=None if f.derivative is None else derivative)
 
 
 def _own(net: Network) -> tuple[float, float]:

@@ -22,6 +22,14 @@ from . import __version__
 from .backend import WHEELS, Backend, driver_cuda
 from .training import Run
 
+STOPPED = {
+    "gradient": "the norm of the gradient",
+    "still": "parameters that stand still",
+    "patience": "the validation cost, which fell no more",
+    "time": "the time limit",
+    "callback": "a callback",
+}
+
 
 class ProgressBar:
     """A callback of `train` that shows steps, cost and accuracy on stderr if that is a terminal, else nothing."""
@@ -84,6 +92,12 @@ def summary(result: dict[str, Any], reason: str) -> str:
         f"{result['samples_per_second']:.0f} samples/s",
         f"training cost {result['train_cost']:.4f}{_percent(', accuracy', result['train_accuracy'])} in the last epoch",
     ]
+    if result["stopped"] != "epochs":
+        lines.append(f"stopped by {STOPPED[result['stopped']]}")
+    if result.get("best_epoch") is not None:
+        lines.append(f"the parameters are those of epoch {result['best_epoch']}, the best")
+    for epoch, norms in enumerate(result.get("gradient_norms", []), 1):
+        lines.append(f"epoch {epoch}: ||dC/dW|| by layer {' '.join(f'{norm:.3g}' for norm in norms)}")
     if result["test_cost"] is not None:
         lines.append(f"test cost {result['test_cost']:.4f}" + _percent(", accuracy", result["test_accuracy"]))
     return "\n".join(lines)

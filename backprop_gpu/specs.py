@@ -30,10 +30,10 @@ def parse(what: str, text: object) -> tuple[str, dict[str, str]]:
     settings: dict[str, str] = {}
     for part in rest.split(",") if colon else ():
         key, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (key and equals and value):
-            raise ConfigError(f"{what} {text!r}: {part.strip()!r} is not key=value", cure)
-        if ":" in value or "=" in value:
+        if ":" in value:
             raise ConfigError(f"{what} {text!r}: {key} has settings of its own", "give a name alone, or nest in Python")
+        if not (key and equals and value) or "=" in value:
+            raise ConfigError(f"{what} {text!r}: {part.strip()!r} is not key=value", cure)
         if key in settings:
             raise ConfigError(f"{what} {text!r} gives {key} twice", "give it once")
         settings[key] = value

@@ -42,8 +42,9 @@ class History:
     layer l = 1..L, of the gradient over all the training data after the epoch. `lr`: of the epoch's last step. `steps`:
     done so far. `seconds`: the epoch's wall time, validation and gradient norms left out.
 
-    `stopped` says why the run ended: "epochs", "gradient", "still", "patience", "time" or "callback". `best_epoch` is
-    the one whose parameters the network has, where `patience` was given.
+    `samples`: how many the steps have seen, each as often as it was. `stopped` says why the run ended: "epochs",
+    "gradient", "still", "patience", "time" or "callback". `best_epoch` is the one whose parameters the network has,
+    where `patience` was given.
     """
 
     epoch: list[int] = field(default_factory=list)
@@ -55,6 +56,7 @@ class History:
     steps: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     gradient_norms: list[list[float] | None] = field(default_factory=list)
+    samples: int = 0
     stopped: str | None = None
     best_epoch: int | None = None
 
@@ -257,6 +259,7 @@ def train(
             history.validation_accuracy.append(after.accuracy if after else None)
             history.lr.append(run.lr)
             history.steps.append(run.step)
+            history.samples += len(seen)
             norms = None
             if gradient_norms or gradient_tolerance is not None:
                 norms = _gradient_norms(problem, _whole(weights, np.arange(n), reduction))

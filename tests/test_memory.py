@@ -19,10 +19,8 @@ PAIRS = [
 ]
 
 
-def peak_of_a_step(
-    m, width, hidden="relu", cost="cross_entropy", g="softmax", rule=bp.Adam(), labels=True, uint8=True, **more
-):
-    K = 10
+def peak_of_a_step(m, width, hidden="relu", cost="cross_entropy", g="softmax", rule=bp.Adam(), **more):
+    K, labels, uint8 = 10, more.pop("labels", True), more.pop("uint8", True)
     rng = np.random.default_rng(0)
     dropout = more.pop("dropout", 0.0)
     net = bp.Network([50, width, width, K], hidden, output=g, init="zeros", backend="numpy", dropout=dropout)
