@@ -39,12 +39,13 @@ def epoch_plan(kind: str, n: int, batch_size: int, seed: int, epoch: int) -> tup
 
     "shuffled": a fresh order, the last batch holds the rest. "chunks": a fresh order, and the batch that holds the rest
     comes at a random place (source 5, "Batch generator"). "in_order": the data's own order every time; with one sample
-    a batch it is the loop of source 1. Every sample is visited once.
+    a batch it is the loop of source 1. A batch that holds all samples has them in order: then nothing that repeats
+    itself depends on the epoch, and source 3's while(theta^(i+1) != theta^i) can end. Every sample is visited once.
     """
     sizes = np.full(steps_per_epoch(n, batch_size), batch_size, np.int64)
     sizes[-1] = n - batch_size * (len(sizes) - 1)
     rng = generator(seed, epoch)
-    order = np.arange(n) if kind == "in_order" else rng.permutation(n)
+    order = np.arange(n) if kind == "in_order" or len(sizes) == 1 else rng.permutation(n)
     if kind == "chunks":
         sizes = rng.permutation(sizes)
     return order, np.concatenate([[0], np.cumsum(sizes)])

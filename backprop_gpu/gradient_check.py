@@ -85,6 +85,11 @@ class Row:
     own_noise: float | None
     status: str
 
+    @property
+    def layer(self) -> int:
+        """The layer l of W[l] or b[l]."""
+        return int(self.name[2:-1])
+
 
 @dataclass(frozen=True)
 class Report:
@@ -115,19 +120,22 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """The outcome in a line."""
-        failed = [row for row in self.rows if row.status == FAILED]
-        own = [row for row in self.rows if row.status == OWN_FAILED]
+        """The outcome in a line. Of several tensors that failed the topmost comes first: there is what to look at."""
+        from_the_top = sorted(self.rows, key=lambda row: -row.layer)  # what is wrong in a layer spreads to those below
+        failed = [row for row in from_the_top if row.status == FAILED]
+        own = [row for row in from_the_top if row.status == OWN_FAILED]
         undecided = [row.name for row in self.rows if row.status == INCONCLUSIVE]
         compared = [row for row in self.rows if row.status == PASSED]
-        if failed:
-            others = f"; also {', '.join(row.name for row in failed[1:])}" if failed[1:] else ""
-            return f"FAILED: error {_short(failed[0].error)} in {failed[0].name}, tolerance {self.tolerance:g}{others}"
-        if own:
-            return (
-                f"FAILED: {self.where} is {_short(own[0].own)} away from float64 in {own[0].name}, tolerance "
-                f"{self.own_tolerance:g}" + (f"; also {', '.join(row.name for row in own[1:])}" if own[1:] else "")
-            )
+        if failed or own:
+            first, *others = failed or own
+            if failed:
+                text = f"FAILED: error {_short(first.error)} in {first.name}, tolerance {self.tolerance:g}"
+            else:
+                text = (
+                    f"FAILED: {self.where} is {_short(first.own)} away from float64 in {first.name}, "
+                    f"tolerance {self.own_tolerance:g}"
+                )
+            return text + (f"; also {', '.join(row.name for row in others)}" if others else "")
         if undecided:
             return (
                 f"inconclusive: kinks in more than half of {', '.join(undecided)}; "
@@ -249,9 +257,10 @@ def gradient_check(
                 f"the cost is {page['cost']:g} at these parameters", "scale X to about -1..1, or look at the parameters"
             )
         C = cost_of(exact)
+        C_0 = C()
         outputs = float(np.abs(exact.forward(data)).max())
         coarse = _coarse(exact, 2.0**-53, seed)
-        delta = _noise(coarse, cost_of(coarse), eps, page["cost"], min(1.0, outputs), seed)
+        delta = _noise(coarse, cost_of(coarse), eps, C_0, min(1.0, outputs), seed)
         where = None if (exact.precision, exact.backend.name) == (net.precision, net.backend.name) else _where(net)
         own = {}
         if where is not None:
@@ -260,9 +269,7 @@ def gradient_check(
         for i, (name, theta, g) in enumerate(_tensors(exact, page)):
             one_by_one = every or theta.size <= directions
             lines = _Lines(theta, theta.size if one_by_one else directions, one_by_one, seed, STREAM + (i << 32), C)
-            rows.append(
-                _compare(name, lines, g, page["cost"], delta, eps, tolerance, own.get(name, (None, None, True)))
-            )
+            rows.append(_compare(name, lines, g, C_0, delta, eps, tolerance, own.get(name, (None, None, True))))
     return Report(
         tuple(rows), float(page["cost"]), chosen.name, tuple(net.layers), len(data), eps, tolerance,
         where, None if where is None else _own(net)[1],
@@ -348,7 +355,7 @@ def _compare(
     name: str,
     lines: _Lines,
     g: np.ndarray,
-    C: float,
+    C_0: float,
     delta: float,
     eps: float,
     tolerance: float,
@@ -364,7 +371,7 @@ def _compare(
     if not _error(n, s) <= tolerance:
         share = tolerance * _scale(n, s) / math.sqrt(lines.count)  # if no line is off by more, the tensor is not
         for k in range(lines.count):
-            n[k], noise[k], kink[k] = _look_closer(lines, k, ends[k], float(s[k]), share, C, delta, eps)
+            n[k], noise[k], kink[k] = _look_closer(lines, k, ends[k], float(s[k]), share, C_0, delta, eps)
             beyond[k] = not abs(n[k] - s[k]) <= max(share, noise[k])
     kept = ~kink
     error, scale, floor = _error(n[kept], s[kept]), _scale(n[kept], s[kept]), float(np.linalg.norm(noise[kept]))
@@ -395,12 +402,13 @@ def _compare(
 
 
 def _look_closer(
-    lines: _Lines, k: int, ends: Sequence[float], s: float, share: float, C: float, delta: float, eps: float
+    lines: _Lines, k: int, ends: Sequence[float], s: float, share: float, C_0: float, delta: float, eps: float
 ) -> tuple[float, float, bool]:
     """The slope n of line k, its rounding error, and whether a kink makes it unknown.
 
-    `ends`: phi(eps), phi(-eps). `s`: what the formulas say; `share`: how far n may be from it. The steps eps, eps/10,
-    eps/100 are taken until n is within its share or phi is smooth, and as long as smaller ones can still tell anything.
+    `C_0`: phi(0); `ends`: phi(eps) and phi(-eps); `s`: what the formulas say; `share`: how far n may be from it. The
+    steps eps, eps/10, eps/100 are taken until n is within its share or phi is smooth, and as long as smaller ones can
+    still tell anything.
     """
     h, (up, down), steps = eps, ends, SMALLER_STEPS
     while True:
@@ -410,7 +418,7 @@ def _look_closer(
             return n, rounding, False
         inner_up, inner_down = lines.phi(k, h / 2, -h / 2)
         d = n - (inner_up - inner_down) / h
-        t = abs((up - 2 * C + down) - 4 * (inner_up - 2 * C + inner_down)) / h
+        t = abs((up - 2 * C_0 + down) - 4 * (inner_up - 2 * C_0 + inner_down)) / h
         d_rounding, t_rounding = 3.2 * delta / h, 17 * delta / h  # twice what that of the costs in them adds up to
         if abs(d) <= d_rounding and t <= t_rounding:
             return n, rounding, False  # smooth: the gap is the formula's
@@ -424,7 +432,7 @@ def _look_closer(
         up, down = lines.phi(k, h, -h)
 
 
-def _noise(coarse: Network, C: Callable[[], float], eps: float, at_theta: float, outputs: float, seed: int) -> float:
+def _noise(coarse: Network, C: Callable[[], float], eps: float, C_0: float, outputs: float, seed: int) -> float:
     """The rounding error delta of a cost near theta: its standard deviation when all moves by its last bits.
 
     At least 2^-53 (|C| + outputs): softmax and sigmoid lose what is that small beside 1, however small C is.
@@ -436,7 +444,7 @@ def _noise(coarse: Network, C: Callable[[], float], eps: float, at_theta: float,
         coarse.theta[...] = near * (1 + 2.0**-52 * rng.choice((-1.0, 1.0), near.size))
         costs.append(C())
     spread = float(np.std(costs, ddof=1))
-    floor = 2.0**-53 * (abs(at_theta) + outputs)
+    floor = 2.0**-53 * (abs(C_0) + outputs)
     return max(spread, floor) if math.isfinite(spread) else floor
 
 

@@ -92,7 +92,8 @@ class ndarray:  # noqa: N801 - CuPy's name
 
 ndarray.__module__ = "cupy"
 
-for _name in "add sub mul truediv matmul neg abs lt le gt ge eq ne and or xor invert radd rsub rmul rtruediv".split():
+_OPERATORS = "add sub mul truediv pow matmul neg abs lt le gt ge eq ne and or xor invert radd rsub rmul rtruediv"
+for _name in _OPERATORS.split():
     setattr(ndarray, f"__{_name}__", _lift(getattr(np.ndarray, f"__{_name}__")))
 
 

@@ -30,7 +30,7 @@ def blobs(rng):
 
 
 def shuffled(n, seed, epoch):
-    return epoch_plan("shuffled", n, n, seed, epoch)[0]
+    return epoch_plan("shuffled", n, 1, seed, epoch)[0]
 
 
 def by_hand(net, X, T, rule, epochs, batch_size, seed, schedule):

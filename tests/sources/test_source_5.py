@@ -305,7 +305,7 @@ def test_from_W_0_nothing_behind_the_last_layer_has_a_gradient(f):
     if VALUE[f](0.0) == 0:  # then the output's bias is all that ever learns
         assert not any(p.any() for p in (*net.W[1:], *net.b[1:3]))
         assert net.b[3].all()
-    else:  # else the units of a layer stay as like as two drops of water
+    else:  # else the units of a layer stay identical to each other
         assert net.W[1].any()
         for W in (net.W[1], net.W[2], net.W[3].T):
             assert np.ptp(W, axis=0).max() <= 1e-15
