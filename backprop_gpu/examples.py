@@ -336,10 +336,10 @@ def overfitting_text(result: Result) -> str:
         f"The polynomial of degree 15 is nearer to the points than the networks ({high['residual']:.3f} against "
         f"{small['residual']:.3f} and {large['residual']:.3f}) and further from the curve: its RMS error is "
         f"{high['rms'] / small['rms']:.1f} and {high['rms'] / large['rms']:.1f} times theirs, its largest "
-        f"{high['max'] / small['max']:.1f} and {high['max'] / large['max']:.1f} times, for it swings between the points "
-        "near the ends. The count of parameters does not tell: it has the fewest of the three. Nor is a polynomial wrong "
-        "as such: degree 5 is near the curve. How far it swings is up to the noise: over 100 draws its largest error is "
-        f"{draws[0]:.2f} to {draws[-1]:.2f}, with a median of {draws[len(draws) // 2]:.2f}.",
+        f"{high['max'] / small['max']:.1f} and {high['max'] / large['max']:.1f} times, for it swings between the "
+        "points near the ends. The count of parameters does not tell: it has the fewest of the three. Nor is a "
+        "polynomial wrong as such: degree 5 is near the curve. How far it swings is up to the noise: over 100 draws "
+        f"its largest error is {draws[0]:.2f} to {draws[-1]:.2f}, with a median of {draws[len(draws) // 2]:.2f}.",
     )
 
 
@@ -484,8 +484,8 @@ def product_order(
 
     Of an N-N-N network: delta = dC/dz[2] of one sample, W = W[2], D = diag(d), d = f'(z[1]). For each N and way:
     `multiplications`; `difference` from the engine's Delta[1], the largest, as part of its largest element; `seconds`,
-    the least of `repeats` runs or more, measured and so never quite the same. The products are NumPy's, float64, on the host,
-    whatever the backend.
+    the least of `repeats` runs or more, measured and so never quite the same. The products are NumPy's, in float64, on
+    the host, whatever the backend.
     """
     rng, rows = generator(seed, STREAM), []
     for N in widths:
@@ -708,7 +708,8 @@ def pretraining_text(result: Result) -> str:
         mean = {way: 100 * float(np.mean(accuracy)) for way, accuracy in r["accuracy"].items()}
         told.append(
             f"With {r['activation']} units the pre-trained layer, trained on, gives "
-            f"{mean['pretrained'] - mean['scratch']:+.1f} points against starting from scratch; frozen, {mean['frozen'] - mean['scratch']:+.1f}, but "
+            f"{mean['pretrained'] - mean['scratch']:+.1f} points against starting from scratch; frozen, "
+            f"{mean['frozen'] - mean['scratch']:+.1f}, but "
             f"{mean['frozen'] - mean['frozen random']:+.1f} against a frozen layer of random weights."
         )
     return _report(

@@ -267,13 +267,14 @@ def train(
             for call in on_epoch:
                 _call(call, run)
             whole_steps.deliver()
+            goes_on = best.goes_on(run.epoch, after)
             if run.stop:
                 history.stopped = "callback"
             elif norms and gradient_tolerance is not None and norms.whole <= gradient_tolerance:
                 history.stopped = "gradient"
             elif before is not None and float(abs(net.theta - before).max()) <= float(parameter_tolerance or 0):
                 history.stopped = "still"
-            elif not best.goes_on(run.epoch, after):
+            elif not goes_on:
                 history.stopped = "patience"
             elif late:
                 history.stopped = "time"

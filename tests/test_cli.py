@@ -124,6 +124,112 @@ def test_every_setting_reaches_the_network(tmp_path, folder):
     assert result["train_cost"] == history.train_cost[-1]
 
 
+def test_every_further_setting_reaches_training(tmp_path, folder):
+    args = "--layers 4,6,5,3 --activation relu,tanh --init he,glorot,lecun --dropout 0.2,0.1 --cost huber:delta=0.5"
+    more = "--reduction sum --optimizer sgd:momentum=0.5,weight_decay=0.01 --lr 0.05 --schedule step:every=2,factor=0.5"
+    rest = "--warmup 3 --epochs 5 --batch-size 2 --batches chunks --class-weight 1,2,3 --l1 0.01 --l2 0.02 --frozen 1"
+    last = (
+        "--clip-norm 1 --clip-value 0.3 --gradient-norms --seed 4 --precision float64 --backend numpy --validation 0.4"
+    )
+    flags = f"{args} {more} {rest} {last} --patience 4 --gradient-tolerance 1e-9 --parameter-tolerance 1e-9".split()
+    result = last_json(run("train", "--data", folder, *flags, "--time-limit", 100, "--save", tmp_path / "m", "--json"))
+    net = bp.Network(
+        [4, 6, 5, 3],
+        ["relu", "tanh"],
+        init=["he", "glorot", "lecun"],
+        precision="float64",
+        seed=4,
+        backend="numpy",
+        dropout=[0.2, 0.1],
+    )
+    history = bp.train(
+        net,
+        *bp.datasets.load(folder)[0],
+        cost="huber:delta=0.5",
+        optimizer=bp.SGD(0.05, momentum=0.5, weight_decay=0.01),
+        schedule=bp.schedules.Warmup(3, bp.schedules.Step(2, 0.5)),
+        epochs=5,
+        batch_size=2,
+        validation=0.4,
+        seed=4,
+        reduction="sum",
+        class_weight=[1, 2, 3],
+        l1=0.01,
+        l2=0.02,
+        clip_norm=1,
+        clip_value=0.3,
+        batches="chunks",
+        frozen=1,
+        patience=4,
+        gradient_norms=True,
+    )
+    back = bp.load(tmp_path / "m", "numpy")
+    np.testing.assert_array_equal(back.theta, net.theta)
+    assert back.dropout == [0.2, 0.1]
+    assert back.cost == "huber:delta=0.5"
+    for key in ("validation_cost", "validation_accuracy", "best_epoch", "gradient_norms", "stopped"):
+        assert result[key] == getattr(history, key)
+    assert result["train_cost"] == history.train_cost[-1]
+
+
+def test_what_ended_the_run_is_told(folder):
+    flags = "--epochs 3000 --lr 0.1 --optimizer sgd --schedule constant --batch-size full --layers 4,3".split()
+    done = run("train", "--data", folder, *flags, "--gradient-tolerance", 0.1, "--gradient-norms")
+    assert "stopped by the norm of the gradient" in done.stdout
+    assert "epoch 1: ||dC/dW|| by layer " in done.stdout
+    assert last_json(run("train", "--data", folder, *flags, "--time-limit", 1e-6, "--json"))["stopped"] == "time"
+
+
+def test_label_smoothing_reaches_training(folder):
+    costs = [
+        last_json(run("train", "--data", folder, "--epochs", 1, "--label-smoothing", e, "--json"))["train_cost"]
+        for e in (0, 0.5)
+    ]
+    assert costs[0] != costs[1]
+
+
+def test_layers_are_carried_over_and_frozen(tmp_path, folder):
+    """An autoencoder's first layer in a classifier: source 5, "The preprocessing could be done by a previous model"."""
+    train, _ = bp.datasets.load(folder)
+    auto = bp.Network([4, 5, 4], "tanh", "sigmoid", seed=3, backend="numpy")
+    bp.train(auto, train.images, train.images / 255, epochs=2)
+    bp.save(auto, tmp_path / "auto")
+    args = "--layers 4,5,3 --activation tanh --epochs 2 --frozen 1 --backend numpy".split()
+    run("train", "--data", folder, *args, "--pretrained", tmp_path / "auto", "--save", tmp_path / "m")
+    net = bp.load(tmp_path / "m", "numpy")
+    np.testing.assert_array_equal(net.W[1], auto.W[1])
+    np.testing.assert_array_equal(net.b[1], auto.b[1])
+    more = ("--pretrained", tmp_path / "auto", "--carry-over", 2)
+    refused(
+        "train", "--data", folder, *args, *more, code=2, cause="layer 2 is 3 x 5 softmax here and 4 x 5 sigmoid there"
+    )
+
+
+def test_gradcheck():
+    done = run("gradcheck", "--layers", "4,5,3", "--activation", "gelu", "--l2", 0.1, "--dropout", 0.4)
+    assert done.stdout.splitlines()[-1].startswith("passed: largest error")
+    found = last_json(run("gradcheck", "--data", "mnist", "--samples", 3, "--precision", "float32", "--json"))
+    assert found["passed"] is True
+    assert found["layers"] == [784, 16, 10]
+    assert [t["name"] for t in found["tensors"]] == ["W[1]", "b[1]", "W[2]", "b[2]"]
+    assert all(t["own"] < 1e-4 for t in found["tensors"])
+    lost = run("gradcheck", "--eps", 1e-15, "--json", code=1)  # every difference drowns in rounding: nothing is shown
+    assert last_json(lost)["passed"] is False
+    refused("gradcheck", "--eps", 0, code=2, cause="eps is 0.0")
+    refused("gradcheck", "--activation", "rellu", code=2, cause="unknown activation 'rellu'")
+
+
+def test_example(tmp_path):
+    listed = run("example").stdout
+    assert "zero-init" in listed
+    found = last_json(run("example", "counting", "--json"))
+    assert found
+    assert "79,510" in run("example", "counting").stdout
+    refused("example", "zero-inti", code=2, cause="unknown example 'zero-inti'")
+    refused("example", "counting", "--plot", tmp_path / "x.png", code=2, cause="has nothing to draw")
+    refused("example", "chain", "--seed", -1, code=2, cause="seed is -1")
+
+
 def test_npz_regression(tmp_path):
     x = np.linspace(-1, 1, 50)[:, None]
     np.savez(tmp_path / "d.npz", x_train=x, y_train=x[:, 0] ** 2)
@@ -197,7 +303,23 @@ def test_help_and_version():
         (["trian"], "No such command"),
         (["train", "--lerning-rate", "1"], "No such option"),
         (["train", "--activation", "rleu"], "unknown activation 'rleu'"),
+        (["train", "--activation", "relu,rleu"], "unknown activation 'rleu'"),
+        (["train", "--layers", "4,5,3", "--activation", "relu,tanh"], "hidden has 2 entries for 1 layers"),
         (["train", "--optimizer", "adma"], "unknown optimizer 'adma'"),
+        (["train", "--optimizer", "sgd:momentun=0.9"], "'momentun'"),
+        (["train", "--optimizer", "sgd:momentum"], "is not key=value"),
+        (["train", "--cost", "hubr"], "unknown cost 'hubr'"),
+        (["train", "--cost", "huber:delta=0"], "delta is 0.0"),
+        (["train", "--schedule", "cosin"], "unknown schedule 'cosin'"),
+        (["train", "--schedule", "step:every=0"], "every is 0"),
+        (["train", "--batches", "chunk"], "unknown kind of batches 'chunk'"),
+        (["train", "--reduction", "summ"], "unknown reduction 'summ'"),
+        (["train", "--dropout", "1"], "dropout is 1.0"),
+        (["train", "--patience", "2"], "patience without validation data"),
+        (["train", "--frozen", "2"], "frozen is 2"),
+        (["train", "--warmup", "-1"], "is -1"),
+        (["train", "--batch-size", "half"], "'half' is not a valid integer"),
+        (["train", "--class-weight", "1,x"], "'x' is not a valid float"),
         (["train", "--layers", "784,x,10"], "'784,x,10' is not a list of widths"),
         (["train", "--layers", "784,,10"], "is not a list of widths"),
         (["train", "--layers", "784"], "layers is [784]"),

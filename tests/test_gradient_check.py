@@ -4,6 +4,7 @@ import json
 import math
 import sys
 
+import fake_cupy
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -194,7 +195,7 @@ def _sign_of_Delta(ops):
         ops["hidden_delta"](W, Delta, f, Z, A, mask, out)
         out *= -1
 
-    return {"hidden_delta": hidden_delta}, {"W[1]", "b[1]", "W[2]", "b[2]"}
+    return {"hidden_delta": hidden_delta}, {"W[2]", "b[2]"}  # the second sign makes the first good
 
 
 def _no_derivative_in_Delta(ops):
@@ -579,8 +580,6 @@ def test_a_slip_in_float32_alone_fails_the_own_column(monkeypatch):
 
 
 def test_a_slip_of_the_device_alone_fails_the_own_column(monkeypatch):
-    import fake_cupy
-
     with fake_cupy.installed():
         from backprop_gpu import cuda_ops
 
@@ -773,6 +772,6 @@ def test_problems_suit_the_cost(output, cost):
 
 def test_problems_that_cannot_be_drawn_are_refused():
     net = network([5, 3])
-    for settings in ({"m": 0}, {"seed": -1}, {"cost": "binary_cross_entropy"}):
+    for wrong in ({"m": 0}, {"seed": -1}, {"cost": "binary_cross_entropy"}):
         with pytest.raises(bp.ConfigError):
-            sample_problem(net, **settings)
+            sample_problem(net, **wrong)

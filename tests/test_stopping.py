@@ -107,6 +107,38 @@ def test_the_best_parameters_are_restored_at_the_last_epoch_too_and_saved(rng, t
     np.testing.assert_array_equal(bp.load(tmp_path / "m", backend="numpy").theta, net.theta)
 
 
+def test_the_epoch_that_something_else_ends_is_looked_at_too(rng):
+    """Whatever ends the run, and whether its last epoch is the best or not, the best parameters are what is left."""
+    X, T = rng.normal(size=(30, 3)), rng.integers(0, 2, 30)
+    Xv, Tv = rng.normal(size=(200, 3)), rng.integers(0, 2, 200)
+
+    def stop_after(epochs):
+        def stop(run):
+            run.stop = run.epoch == epochs
+
+        return stop
+
+    bests = []
+    for epochs in range(1, 13):
+        net = bp.Network([3, 30, 2], backend="numpy")
+        history = bp.train(
+            net,
+            X,
+            T,
+            optimizer=bp.Adam(0.02),
+            epochs=20,
+            validation=(Xv, Tv),
+            patience=50,
+            callbacks=[stop_after(epochs)],
+        )
+        assert history.stopped == "callback"
+        assert len(history) == epochs
+        bests.append(history.best_epoch == epochs)
+        assert history.best_epoch == int(np.argmin(history.validation_cost)) + 1
+        assert bp.evaluate(net, Xv, Tv).cost == pytest.approx(min(history.validation_cost), rel=1e-6)
+    assert set(bests) == {True, False}
+
+
 def test_without_patience_the_last_parameters_stay(rng):
     X, T = rng.normal(size=(30, 3)), rng.integers(0, 2, 30)
     nets = [bp.Network([3, 30, 2], backend="numpy") for _ in range(2)]
