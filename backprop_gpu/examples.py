@@ -57,7 +57,7 @@ def zero_init(
     seed: int = 0,
     backend: str = "auto",
     activations: Sequence[str] = ("relu", "tanh", "sigmoid", "softplus"),
-    steps: int = 50,
+    steps: int = 100,
 ) -> Result:
     """784-16-16-10 from W = 0, b = 0 on 256 MNIST images, full batches, SGD: what moves, and when (source 5).
 
@@ -80,7 +80,7 @@ def zero_init(
             net = Network([784, 16, 16, 10], f, init=init, precision="float64", seed=seed, backend=backend)
             start = net.backward(X, T)
             watch = _FirstMove(net)
-            train(net, X, T, None, SGD(0.3), epochs=steps, batch_size=len(X), callbacks=[watch], seed=seed)
+            train(net, X, T, None, SGD(0.1), epochs=steps, batch_size=len(X), callbacks=[watch], seed=seed)
             cost = evaluate(net, X, T).cost
             if init == "he":
                 result["cost_from_he"][f] = cost
@@ -501,7 +501,7 @@ def product_order(
         difference, seconds = {}, {}
         for way, product in ways.items():
             times: list[float] = []
-            while len(times) < repeats or sum(times) < 0.05:
+            while len(times) < repeats or sum(times) < 0.02:
                 start = time.perf_counter()
                 found = product(delta, W, d, D)
                 times.append(time.perf_counter() - start)

@@ -229,7 +229,7 @@ class AdaGrad(Optimizer):
         G <- G + g^2
         theta <- theta - lr / (1 + (t - 1) lr_decay) g / (sqrt(G) + eps)
 
-    On MNIST-sized networks @adagrad@ is a good start.
+    On MNIST-sized networks 0.03 is a good start.
     """
 
     lr: float = 1e-2
@@ -273,7 +273,7 @@ class RMSProp(Optimizer):
         theta <- theta - lr b
 
     Where rounding makes v - a^2 negative, it counts as 0 (PyTorch's root of it is not a number). Slots: v, then a
-    where centered, then b where there is momentum. On MNIST-sized networks @rmsprop@ is a good start.
+    where centered, then b where there is momentum. On MNIST-sized networks 0.003 is a good start.
     """
 
     lr: float = 1e-2
@@ -332,7 +332,7 @@ class AdaDelta(Optimizer):
         D <- rho D + (1 - rho) d^2
         theta <- theta - lr d
 
-    On MNIST-sized networks @adadelta@ is a good start.
+    On MNIST-sized networks 2 is a good start.
     """
 
     lr: float = 1.0
@@ -379,7 +379,7 @@ class NAdam(Optimizer):
         n = mu_(t+1) m / (1 - M_(t+1)) + (1 - mu_t) g / (1 - M_t)
         theta <- theta - lr n / (sqrt(v / (1 - beta2^t)) + eps)
 
-    On MNIST-sized networks @nadam@ is a good start.
+    On MNIST-sized networks 0.003 is a good start.
     """
 
     lr: float = 2e-3
@@ -410,10 +410,10 @@ class NAdam(Optimizer):
     def _product(self, t: int) -> float:
         """M_t, multiplied in the order 1..t from wherever it starts, so that the bits are the same; one factor a step.
 
-        What is remembered is replaced as a whole, and so is right in every thread.
+        Once 1 - M is 1, M stays what it is. What is remembered is replaced as a whole, so it is right in every thread.
         """
         at, M = self._last if self._last[0] <= t else (0, 1.0)
-        while at < t and M > 0:
+        while at < t and M > 1e-20:
             at += 1
             M *= self._mu(at)
         object.__setattr__(self, "_last", (t, M))
@@ -449,7 +449,7 @@ class Lion(Optimizer):
         theta <- theta - lr (sign(c) + weight_decay theta)
         m <- beta2 m + (1 - beta2) g
 
-    On MNIST-sized networks @lion@ is a good start.
+    On MNIST-sized networks 0.0005 is a good start.
     """
 
     lr: float = 1e-4
@@ -503,17 +503,17 @@ OPTIMIZERS: dict[str, tuple[float, Callable[..., Optimizer]]] = {
     "sgd": (0.3, SGD),
     "momentum": (0.1, lambda lr, momentum=0.9, weight_decay=0.0: SGD(lr, momentum, False, weight_decay)),
     "nesterov": (0.1, lambda lr, momentum=0.9, weight_decay=0.0: SGD(lr, momentum, True, weight_decay)),
-    "adagrad": (0.01, AdaGrad),
-    "rmsprop": (1e-3, RMSProp),
-    "adadelta": (1.0, AdaDelta),
+    "adagrad": (0.03, AdaGrad),
+    "rmsprop": (3e-3, RMSProp),
+    "adadelta": (2.0, AdaDelta),
     "adam": (2e-3, Adam),
     "amsgrad": (
-        2e-3,
+        3e-3,
         lambda lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0: Adam(lr, betas, eps, True, weight_decay),
     ),
     "adamw": (2e-3, AdamW),
-    "nadam": (2e-3, NAdam),
-    "lion": (1e-4, Lion),
+    "nadam": (3e-3, NAdam),
+    "lion": (5e-4, Lion),
 }
 
 

@@ -1,5 +1,6 @@
 """The examples: what each says about backpropagation is so, in numbers; reports, plots, repeatability."""
 
+import functools
 import itertools
 import json
 import math
@@ -39,6 +40,12 @@ def run(name, seed=0, backend="numpy"):
     return EXAMPLES[name].run(seed, backend, **SMALL[name])
 
 
+@functools.cache
+def once(name):
+    """For those who only look at it."""
+    return run(name)
+
+
 def without_times(result):
     return json.loads(json.dumps(result, default=str), object_hook=lambda d: {k: d[k] for k in d if k != "seconds"})
 
@@ -56,7 +63,7 @@ def vanishing():
 
 @pytest.fixture(scope="module")
 def pretrained():
-    return examples.pretraining(0, "numpy", unlabelled=3000, labelled=200, draws=2, tested=2000)
+    return examples.pretraining(0, "numpy", unlabelled=4000, draws=1, pretraining_epochs=8, tested=2000)
 
 
 # --------------------------------------------------------------------------------------------------- all of them
@@ -64,7 +71,7 @@ def pretrained():
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_seed_gives_the_same_plain_numbers_again_and_another_seed_others(name):
-    first, second, other = run(name), run(name), run(name, seed=1)
+    first, second, other = once(name), run(name), run(name, seed=1)
     assert json.loads(json.dumps(first, allow_nan=False)) == first  # plain: no tuples, no arrays, nothing infinite
     assert without_times(first) == without_times(second)
     if name != "counting":
@@ -90,12 +97,12 @@ def test_the_backend_changes_nothing_but_rounding(name, backend):
             assert a == b
 
     tolerance = {"vanishing-gradients": 1e-2, "pretraining": 0.1}.get(name, 1e-6)
-    same(run(name), run(name, backend=backend.name))
+    same(once(name), run(name, backend=backend.name))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_report_names_its_source_and_fits_a_terminal(name):
-    text = EXAMPLES[name].text(run(name))
+    text = EXAMPLES[name].text(once(name))
     lines = text.splitlines()
     assert "source 3" in lines[0] or "source 5" in lines[0]
     assert len(lines) > 8
@@ -110,7 +117,7 @@ def test_plots_are_drawn_without_a_display_or_pyplot(name, kind, tmp_path, monke
     monkeypatch.delenv("DISPLAY", raising=False)
     already = "matplotlib.pyplot" in sys.modules
     path = tmp_path / f"picture.{kind}"
-    EXAMPLES[name].plot(run(name), path)
+    EXAMPLES[name].plot(once(name), path)
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n" if kind == "png" else b"<?xml")
     assert path.stat().st_size > 5000
     assert already or "matplotlib.pyplot" not in sys.modules
@@ -118,7 +125,7 @@ def test_plots_are_drawn_without_a_display_or_pyplot(name, kind, tmp_path, monke
 
 def test_a_plot_that_cannot_be_written_says_what_to_do(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'backprop-gpu[plot]'")
-    result = run("product-order")
+    result = once("product-order")
     with pytest.raises(bp.ConfigError, match=r"picture\.doc") as e:
         EXAMPLES["product-order"].plot(result, tmp_path / "picture.doc")
     assert ".png" in e.value.cure
@@ -130,7 +137,7 @@ def test_without_matplotlib_a_plot_names_the_cure(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(bp.ConfigError, match="matplotlib, which is not installed") as e:
-        EXAMPLES["overfitting"].plot(run("overfitting"), tmp_path / "picture.png")
+        EXAMPLES["overfitting"].plot(once("overfitting"), tmp_path / "picture.png")
     assert e.value.cure == "pip install 'backprop-gpu[plot]'"
     assert not list(tmp_path.iterdir())
 
@@ -155,7 +162,7 @@ def test_with_f0_zero_only_the_output_bias_ever_learns(zero):
     assert {row["activation"] for row in rows} == set(HIDDEN) - {"sigmoid", "softplus"}
     for row in rows:
         assert row["first_step"] == {"W1": None, "b1": None, "W2": None, "b2": None, "W3": None, "b3": 1}
-        assert zero["entropy"] <= row["cost"] < zero["entropy"] + 0.01
+        assert zero["entropy"] <= row["cost"] < zero["entropy"] + 0.02
 
 
 def test_otherwise_the_layers_move_from_the_last_to_the_first_but_their_units_stay_alike(zero):
@@ -178,7 +185,7 @@ def test_from_he_the_same_training_learns(zero):
 def test_sigmoid_stacks_lose_their_gradient_layer_by_layer(vanishing):
     row = vanishing["sigmoid"]
     norms = row["gradient_norms"]
-    assert row["first_to_last"] == norms[0] / norms[-1] < 1e-3
+    assert norms[0] / norms[-1] == row["first_to_last"] < 1e-3
     assert all(a < b for a, b in itertools.pairwise(norms))
     assert max(row["derivative"]) <= 0.25
     assert max(row["factor"]) < 0.5
@@ -188,7 +195,7 @@ def test_relu_and_tanh_stacks_do_not(vanishing):
     for f in ("relu", "tanh"):
         row = vanishing[f]
         assert 0.1 < row["first_to_last"] < 10
-        assert 0.5 < min(row["factor"])
+        assert min(row["factor"]) > 0.5
         assert max(row["factor"]) < 2
 
 
@@ -335,9 +342,9 @@ def test_an_autoencoder_learns_and_frozen_parameters_keep_their_bits(pretrained)
 def test_frozen_features_of_the_autoencoder_beat_random_ones_and_tuning_beats_freezing(pretrained):
     for row in pretrained["rows"]:
         mean = {way: np.mean(accuracy) for way, accuracy in row["accuracy"].items()}
-        assert all(len(accuracy) == 2 for accuracy in row["accuracy"].values())
-        assert mean["frozen"] > mean["frozen random"] + 0.01
-        assert mean["pretrained"] > mean["frozen"] + 0.01
+        assert all(len(accuracy) == 1 for accuracy in row["accuracy"].values())
+        assert mean["frozen"] > mean["frozen random"] + 0.02
+        assert mean["pretrained"] > mean["frozen"] + 0.02
         assert mean["scratch"] > 0.7
         assert abs(mean["pretrained"] - mean["scratch"]) < 0.05  # the start makes little difference
 

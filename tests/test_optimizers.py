@@ -1,6 +1,7 @@
 """Steps of each optimizer against the rule written out for one number, and hyper-parameters that make no sense."""
 
 import copy
+import dataclasses
 import itertools
 import math
 import os
@@ -210,10 +211,11 @@ def run(backend, rule, start, grads, lr=None):
 share = st.floats(0, 0.99)
 decays = {"weight_decay": st.just(0.0) | st.floats(0, 1)}
 small = {"eps": st.floats(-8, -1).map(lambda x: 10**x)}
-rate = {"lr": st.floats(-4, 0).map(lambda x: 10**x)}
+rate = {"lr": st.floats(-4, -1).map(lambda x: 10**x)}
+betas = {"betas": st.tuples(share, st.floats(0.5, 0.999))}
 ANY = {
     "sgd": (SGD, sgd, {**rate, **decays, "momentum": st.floats(0.01, 0.99), "nesterov": st.booleans()}),
-    "adam": (Adam, adam, {**rate, **decays, **small, "betas": st.tuples(share, share), "amsgrad": st.booleans()}),
+    "adam": (Adam, adam, {**rate, **decays, **small, **betas, "amsgrad": st.booleans()}),
     "adagrad": (AdaGrad, adagrad, {**rate, **decays, **small, "lr_decay": st.floats(0, 2)}),
     "rmsprop": (RMSProp, rmsprop, {**rate, **decays, **small, "alpha": share, "momentum": st.just(0.0) | share}),
     # v - a^2 loses digits where it is small: eps is not, and alpha is such that the gradients do differ.
@@ -226,9 +228,9 @@ ANY = {
     "nadam": (
         NAdam,
         nadam,
-        {**rate, **decays, **small, "betas": st.tuples(share, share), "momentum_decay": st.floats(0, 2)},
+        {**rate, **decays, **small, **betas, "momentum_decay": st.floats(0, 2)},
     ),
-    "lion": (Lion, lion, {**rate, **decays, "betas": st.tuples(share, share)}),
+    "lion": (Lion, lion, {**rate, **decays, **betas}),
 }
 
 
@@ -237,14 +239,14 @@ ANY = {
 @settings(max_examples=25, derandomize=True)
 @given(data=st.data())
 def test_seven_steps_with_any_hyper_parameters(backend, rule, literal, parameters, dtype, data):
-    """To 1e-12 in float64 and 1e-4 in float32, of the largest step away from the start."""
+    """To 1e-12 in float64 and 1e-5 in float32, of 1 + the largest parameter."""
     arguments = data.draw(st.fixed_dictionaries(parameters))
     rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
     start, grads = rng.normal(size=5).astype(dtype), rng.normal(size=(7, 5)).astype(dtype)
     moved = run(backend, rule(**arguments), start, grads)
     wanted = [literal(float(p), grads[:, i].astype(float).tolist(), **arguments) for i, p in enumerate(start)]
     scale = 1 + np.abs(wanted).max()
-    np.testing.assert_allclose(moved, wanted, rtol=0, atol=scale * (1e-12 if dtype == np.float64 else 1e-4))
+    np.testing.assert_allclose(moved, wanted, rtol=0, atol=scale * (1e-12 if dtype == np.float64 else 1e-5))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -309,7 +311,7 @@ def test_coefficients_depend_on_the_step_alone_and_not_on_what_was_asked_before(
 
 
 def vars_of(rule):
-    return {name: getattr(rule, name) for name in rule.__dataclass_fields__}
+    return {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
 
 
 def test_what_nadam_remembers_is_no_part_of_it():
@@ -359,7 +361,7 @@ def test_centered_rmsprop_survives_a_gradient_that_does_not_change():
         rule.apply(np, theta, g, slots, rule.coefficients(0.01, t), tuple(s))
         below |= bool((slots[0] - slots[1] ** 2 < 0).any())
     assert below  # else this proves nothing
-    np.testing.assert_allclose(before - theta, 0.01 * g, rtol=1e-3)
+    np.testing.assert_allclose(before - theta, 0.01 * g, rtol=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import platform
 import shutil
 import subprocess
@@ -173,6 +174,13 @@ def test_the_wheel_trains_in_a_fresh_environment(tmp_path):
     assert (site / "backprop_gpu" / "kernels" / "probe.cu").is_file()
     assert (site / "backprop_gpu" / "datasets" / "mnist" / "NOTICE").is_file()
     assert (site / "backprop_gpu" / "py.typed").is_file()
+
+
+def test_the_readme_names_tests_that_exist():
+    named = re.findall(r"`((?:sources/)?test_\w+\.py)::(\w+)`", (TOP / "README.md").read_text(encoding="utf-8"))
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (TOP / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
 
 
 def test_a_plain_checkout_trains(tmp_path):

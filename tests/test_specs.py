@@ -106,7 +106,7 @@ def test_what_cannot_be_made_is_told_with_its_cure(text, cause, cure):
 
 
 def test_text_is_never_evaluated():
-    with pytest.raises(bp.ConfigError, match="litres is .__import__"):
+    with pytest.raises(bp.ConfigError, match=r"litres is .__import__"):
         build("dish", "soup:litres=__import__('os').getpid()", TABLE)
 
 
