@@ -16,6 +16,11 @@ settings.load_profile("suite")
 REQUIRED = os.environ.get("BACKPROP_GPU_REQUIRE") == "1"
 
 
+def pytest_make_parametrize_id(config, val, argname):
+    """No bytes in a test's name: archives hold the time of day, and a name shall stay what it is."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True)
 def _numpy_unless_a_test_says_otherwise(monkeypatch):
     """Also in the processes that tests start; so the suite means the same on a machine with a GPU."""

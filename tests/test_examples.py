@@ -162,7 +162,7 @@ def test_with_f0_zero_only_the_output_bias_ever_learns(zero):
     assert {row["activation"] for row in rows} == set(HIDDEN) - {"sigmoid", "softplus"}
     for row in rows:
         assert row["first_step"] == {"W1": None, "b1": None, "W2": None, "b2": None, "W3": None, "b3": 1}
-        assert zero["entropy"] <= row["cost"] < zero["entropy"] + 0.02
+        assert zero["entropy"] <= row["cost"] < zero["entropy"] + 0.01
 
 
 def test_otherwise_the_layers_move_from_the_last_to_the_first_but_their_units_stay_alike(zero):
