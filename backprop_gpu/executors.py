@@ -8,6 +8,7 @@ import numpy as np
 
 from .activations import Array
 from .costs import Cost
+from .inputs import Samples
 from .network import Batch, Network, Views, backward, forward
 from .optimizers import Optimizer
 from .regularization import Regularization
@@ -17,16 +18,12 @@ from .regularization import Regularization
 class Problem:
     """What a run minimises: the cost of a network, with penalties, over data.
 
-    `data` (n, N_0), `wanted` (n,) or (n, K) and `weights` (n,) or None lie on the network's device, as `inputs` left
-    them. `task` says what to count as right. The first `frozen` layers stay as they are.
+    `samples` lie on the network's device. The first `frozen` layers stay as they are.
     """
 
     net: Network
     cost: Cost
-    task: str
-    data: Array
-    wanted: Array
-    weights: Array | None
+    samples: Samples
     reduction: str
     regularization: Regularization
     frozen: int
@@ -44,7 +41,8 @@ class Eager:
         rule.check(net.dtype)
         self.problem, self.rule, self.seed = problem, rule, seed
         self.batch = Batch(net, batch_size, gradient=True, draw=(seed, 0))
-        self.T = be.xp.empty((batch_size, *problem.wanted.shape[1:]), problem.wanted.dtype)
+        T = problem.samples.T
+        self.T = be.xp.empty((batch_size, *T.shape[1:]), T.dtype)
         self.w, self.part = (be.xp.empty(batch_size, net.dtype) for _ in range(2))
         flat = be.zeros(net.theta.size, net.dtype)
         self.gradient = Views(flat, net.layers, net.biased)
@@ -61,24 +59,24 @@ class Eager:
         Writes the sum of the weighted costs and the number of samples predicted right into measured (2,). Returns False
         where it is known that the step was not applied, because the run has left the finite numbers.
         """
-        problem = self.problem
+        problem, samples = self.problem, self.problem.samples
         net, ops = problem.net, problem.net.backend.ops
         m = len(rows)
         batch, T, mean = self.batch.first(m), self.T[:m], problem.reduction == "mean"
         batch.draw = self.seed, t
         with np.errstate(all="ignore"):  # what is not finite is looked for, and told, by update
-            ops.gather(problem.data, rows, batch.A[0])
-            ops.gather(problem.wanted, rows, T)
+            ops.gather(samples.X, rows, batch.A[0])
+            ops.gather(samples.T, rows, T)
             w, part = None, 1 / m if mean else 1.0
-            if problem.weights is not None:
+            if samples.weights is not None:
                 w = part = self.w[:m]
-                ops.gather(problem.weights, rows, w)
+                ops.gather(samples.weights, rows, w)
                 if mean:
                     part = self.part[:m]
                     ops.share(w, part)
             forward(ops, net, batch)
             backward(ops, net, batch, T, part, problem.cost, self.gradient, problem.frozen)
-            ops.measure(problem.task, net.g, batch.Z[-1], T, batch.C, w, measured)
+            ops.measure(samples.task, net.g, batch.Z[-1], T, batch.C, w, measured)
             if problem.regularization:
                 problem.regularization.apply(ops, self.theta, self.is_weight, self.g)
             return bool(ops.update(self.rule, self.theta, self.g, self.slots, lr, t, measured, self.diverged))

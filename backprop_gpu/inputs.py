@@ -6,7 +6,8 @@ they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,32 @@ from .backend import array_module, is_cupy, to_host
 from .errors import DataError
 
 _CHUNK = 1 << 20  # elements looked at a time, so that a check never needs much memory
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Checked data: features X (n, N_0), targets T (n,) or (n, K), weights (n,) or None, and the task to count for."""
+
+    X: Array
+    T: Array
+    weights: Array | None
+    task: str
+
+    def __len__(self) -> int:
+        return len(self.X)
+
+    def take(self, rows: Any) -> Samples:
+        """Those of them that `rows`, a slice or indices on the host, names."""
+        return Samples(_taken(self.X, rows), _taken(self.T, rows), _taken(self.weights, rows), self.task)
+
+    def on(self, asarray: Callable[[Array], Array]) -> Samples:
+        """The same on the device that `asarray` takes arrays to."""
+        weights = None if self.weights is None else asarray(self.weights)
+        return Samples(asarray(self.X), asarray(self.T), weights, self.task)
+
+
+def _taken(a: Any, rows: Any) -> Any:
+    return None if a is None else a[rows if isinstance(rows, slice) else array_module(a).asarray(rows)]
 
 
 def features(X: Any, width: int, dtype: np.dtype) -> Array:

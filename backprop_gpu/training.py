@@ -25,11 +25,13 @@ from .checkpoint import check_target, save_network
 from .costs import Cost, choose_cost
 from .errors import ConfigError, DataError, DivergenceError, lookup
 from .executors import Eager, Problem
+from .inputs import Samples
 from .network import CHUNK_ROWS, Batch, Network, Views, backward, check_reduction, forward, forward_chunks, natural_task
 from .optimizers import Adam, Optimizer, choose_optimizer
 from .regularization import Regularization
 from .schedules import Schedule, choose_schedule, during
 from .specs import number
+from .stopping import Ending, positive
 
 
 @dataclass
@@ -158,38 +160,27 @@ def train(
     outcome of a step is not finite, with the network as it was before it; CheckpointError when `save` cannot be
     written.
     """
-    began = time.perf_counter()
     chosen = choose_cost(cost, net.output)
     smoothed = chosen.smoothed(label_smoothing)
     rule, factor = choose_optimizer(optimizer), choose_schedule(schedule)
     regularization = Regularization(l1, l2, clip_norm, clip_value)
     check_reduction(reduction)
     lookup("kind of batches", batches, dict.fromkeys(KINDS))
-    epochs, seed = _positive("epochs", epochs), check_seed(seed)
-    frozen = _frozen(net, frozen)
-    patience = None if patience is None else _positive("patience", patience)
+    epochs, seed, frozen = positive("epochs", epochs), check_seed(seed), _frozen(net, frozen)
     if patience is not None and validation is None:
         raise ConfigError("patience without validation data", "pass validation=(X, T), or a fraction to split off")
-    limits = {"gradient_tolerance": gradient_tolerance, "parameter_tolerance": parameter_tolerance}
-    for name, limit in (*limits.items(), ("time_limit", time_limit)):
-        if limit is not None:
-            number("train", name, limit, low_open=name == "time_limit")
-    data, wanted, task = _checked(net, X, T, chosen)
-    weights = inputs.sample_weights(sample_weight, len(data), net.dtype)
-    if class_weight is not None:
-        by_class = inputs.class_weights(class_weight, wanted, net.layers[-1])
-        weights = inputs.sample_weights(by_class if weights is None else weights * by_class, len(data), net.dtype)
-    held_out: Any = None
-    if isinstance(validation, (tuple, list)) or (validation is not None and not _is_number(validation)):
-        held_out = *_checked(net, *_pair(validation), chosen), None
-    elif validation is not None:
+    ending = Ending(net, patience, gradient_tolerance, parameter_tolerance, time_limit)
+    samples, held_out = _samples(net, X, T, chosen, sample_weight, class_weight), None
+    if isinstance(validation, (int, float, np.number)) and not isinstance(validation, bool):
         share = number("train", "validation", validation, high=1.0, low_open=True)
-        stay, held = split_off(len(data), share, seed)
-        held_out = data[held], wanted[held], task, None if weights is None else weights[held]
-        data, wanted = data[stay], wanted[stay]
-        weights = None if weights is None else inputs.sample_weights(weights[stay], len(stay), net.dtype)
-    n = len(data)
-    batch_size = n if batch_size == "full" else _positive("batch_size", batch_size)
+        stay, held = split_off(len(samples), share, seed)
+        samples, held_out = samples.take(stay), samples.take(held)
+        for part in (samples, held_out):
+            inputs.sample_weights(part.weights, len(part), net.dtype)
+    elif validation is not None:
+        held_out = _samples(net, *_pair(validation), chosen)
+    n = len(samples)
+    batch_size = n if batch_size == "full" else positive("batch_size", batch_size)
     if batch_size > n:
         if batch_size != BATCH_SIZE:
             warnings.warn(f"batch_size {batch_size} is more than the {n} samples: each batch holds all", stacklevel=2)
@@ -202,30 +193,19 @@ def train(
     run = Run(net, epochs, steps, history)
     on_step, on_epoch = _hooks(callbacks)
     with _saved_if_stopped(run, save), _alone(net), be.active(), _WholeSteps() as whole_steps:
-        problem = Problem(
-            net,
-            smoothed,
-            task,
-            be.asarray(data),
-            be.asarray(wanted),
-            None if weights is None else be.asarray(weights),
-            reduction,
-            regularization,
-            frozen,
-        )
+        weights = samples.weights  # they stay on the host, where orders are drawn
+        problem = Problem(net, smoothed, samples.on(be.asarray), reduction, regularization, frozen)
         executor = Eager(problem, rule, batch_size, seed)
-        if held_out is not None:
-            held_out = tuple(be.asarray(a) if hasattr(a, "dtype") else a for a in held_out)
-        net.criterion, net.task = chosen, _task(net, wanted)
+        held_out = None if held_out is None else held_out.on(be.asarray)
+        net.criterion, net.task = chosen, _task(net, samples.T)
         measured = be.zeros(2 * steps, np.dtype(np.float64)).reshape(steps, 2)
-        best = _Best(net, patience)
         for run.epoch in range(1, epochs + 1):
             start = time.perf_counter()
             host_order, ends = epoch_plan(batches, n, batch_size, seed, run.epoch)
             order = be.asarray(host_order)
-            watched: Any = history.validation_cost if held_out is not None else history.train_cost
+            watched: Any = history.train_cost if held_out is None else history.validation_cost
             scheduled = during(factor, watched)
-            before = None if parameter_tolerance is None else net.theta.copy()
+            ending.begin_epoch()
             late = False
             for i in range(steps):
                 lr = _lr(rule.lr, scheduled, run.step, epochs * steps)
@@ -240,8 +220,7 @@ def train(
                 for call in on_step:
                     _call(call, run)
                 whole_steps.deliver()
-                late = time_limit is not None and time.perf_counter() - began > time_limit
-                if late:
+                if late := ending.late():
                     break
             cost_sum, right = to_host(measured)[: i + 1].sum(axis=0)  # the host waits for the device here
             if diverged := int(executor.diverged[0]):
@@ -250,11 +229,8 @@ def train(
             seen = host_order[: ends[i + 1]]
             history.epoch.append(run.epoch)
             history.train_cost.append(float(cost_sum) / _whole(weights, seen, reduction))
-            history.train_accuracy.append(None if task == "regression" else float(right) / len(seen))
-            after = None
-            if held_out is not None:
-                Xv, Tv, task_v, w_v = held_out
-                after = _evaluate(net, Xv, Tv, task_v, w_v, chosen, reduction)
+            history.train_accuracy.append(None if samples.task == "regression" else float(right) / len(seen))
+            after = None if held_out is None else _evaluate(net, held_out, chosen, reduction)
             history.validation_cost.append(after.cost if after else None)
             history.validation_accuracy.append(after.accuracy if after else None)
             history.lr.append(run.lr)
@@ -267,21 +243,12 @@ def train(
             for call in on_epoch:
                 _call(call, run)
             whole_steps.deliver()
-            goes_on = best.goes_on(run.epoch, after)
-            if run.stop:
-                history.stopped = "callback"
-            elif norms and gradient_tolerance is not None and norms.whole <= gradient_tolerance:
-                history.stopped = "gradient"
-            elif before is not None and float(abs(net.theta - before).max()) <= float(parameter_tolerance or 0):
-                history.stopped = "still"
-            elif not goes_on:
-                history.stopped = "patience"
-            elif late:
-                history.stopped = "time"
+            reason = ending.reason(run.epoch, run.stop, norms and norms.whole, after and after.cost, late)
+            history.stopped = reason or None
             if history.stopped:
                 break
         history.stopped = history.stopped or "epochs"
-        history.best_epoch = best.restore()
+        history.best_epoch = ending.restore()
     if save is not None:
         save_network(net, save)
     return history
@@ -303,33 +270,29 @@ def evaluate(
     """
     chosen = net.criterion if cost is None else choose_cost(cost, net.output)
     check_reduction(reduction)
-    data, wanted, task = _checked(net, X, T, chosen)
-    weights = inputs.sample_weights(sample_weight, len(data), net.dtype)
-    be = net.backend
+    samples, be = _samples(net, X, T, chosen, sample_weight), net.backend
     with be.active():
-        on_device = None if weights is None else be.asarray(weights)
-        return _evaluate(net, data, be.asarray(wanted), task, on_device, chosen, reduction)
+        samples = Samples(samples.X, be.asarray(samples.T), samples.weights, samples.task)  # X goes in chunks
+        return _evaluate(net, samples, chosen, reduction)
 
 
 def check_data(net: Network, X: Any, T: Any, cost: Cost | str | None = None) -> None:
     """Raise what `train` and `evaluate` would raise for X, T and `cost` (None: the canonical one); else do nothing."""
-    _checked(net, X, T, choose_cost(cost, net.output))
+    _samples(net, X, T, choose_cost(cost, net.output))
 
 
-def _evaluate(
-    net: Network, data: Array, wanted: Array, task: str, weights: Array | None, cost: Cost, reduction: str
-) -> Evaluation:
-    be, n = net.backend, len(data)
+def _evaluate(net: Network, samples: Samples, cost: Cost, reduction: str) -> Evaluation:
+    be, n, weights = net.backend, len(samples), samples.weights
     totals = []
     with np.errstate(all="ignore"):
-        for rows, batch in forward_chunks(net, data):
-            Z, T, w = batch.Z[-1], wanted[rows], None if weights is None else weights[rows]
+        for rows, batch in forward_chunks(net, samples.X):
+            Z, T, w = batch.Z[-1], samples.T[rows], None if weights is None else be.asarray(weights[rows])
             be.ops.output_delta(cost, net.g, Z, T, 1.0, batch.Delta[-1], batch.C)
             totals.append(be.zeros(2, np.dtype(np.float64)))
-            be.ops.measure(task, net.g, Z, T, batch.C, w, totals[-1])
+            be.ops.measure(samples.task, net.g, Z, T, batch.C, w, totals[-1])
     cost_sum, right = np.sum([to_host(t) for t in totals], axis=0)
     whole = _whole(None if weights is None else to_host(weights), np.arange(n), reduction)
-    return Evaluation(float(cost_sum) / whole, None if task == "regression" else float(right) / n)
+    return Evaluation(float(cost_sum) / whole, None if samples.task == "regression" else float(right) / n)
 
 
 def _whole(weights: np.ndarray | None, rows: np.ndarray, reduction: str) -> float:
@@ -348,7 +311,7 @@ class _Norms(NamedTuple):
 
 def _gradient_norms(problem: Problem, whole: float) -> _Norms:
     """Of the gradient over all the data at theta, without dropout; `whole` is what its cost is divided by."""
-    net, be, n = problem.net, problem.net.backend, len(problem.data)
+    net, be, samples, n = problem.net, problem.net.backend, problem.samples, len(problem.samples)
     total, flat = (be.zeros(net.theta.size, net.dtype) for _ in range(2))
     views = Views(flat, net.layers, net.biased)
     all_rows = Batch(net, min(n, CHUNK_ROWS), gradient=True)
@@ -356,10 +319,10 @@ def _gradient_norms(problem: Problem, whole: float) -> _Norms:
         for i in range(0, n, CHUNK_ROWS):
             rows = slice(i, min(i + CHUNK_ROWS, n))
             batch = all_rows.first(rows.stop - i)
-            be.ops.gather(problem.data, rows, batch.A[0])
+            be.ops.gather(samples.X, rows, batch.A[0])
             forward(be.ops, net, batch)
-            w = 1 / whole if problem.weights is None else problem.weights[rows] / whole
-            backward(be.ops, net, batch, problem.wanted[rows], w, problem.cost, views)
+            w = 1 / whole if samples.weights is None else samples.weights[rows] / whole
+            backward(be.ops, net, batch, samples.T[rows], w, problem.cost, views)
             total += flat
         penalties = Regularization(problem.regularization.l1, problem.regularization.l2)
         if penalties:
@@ -377,41 +340,18 @@ def _norm(g: Array) -> float:
     return largest * math.sqrt(float(((g / largest) ** 2).sum(dtype=np.float64)))
 
 
-class _Best:
-    """The parameters of the epoch with the lowest validation cost, and how long to wait for a lower one."""
-
-    def __init__(self, net: Network, patience: int | None) -> None:
-        self.net, self.patience = net, patience
-        self.cost, self.epoch, self.last = math.inf, 0, 0
-        self.theta: Any = None if patience is None else net.theta.copy()
-
-    def goes_on(self, epoch: int, after: Evaluation | None) -> bool:
-        """Look at the epoch that is over; whether to train on."""
-        if self.patience is None or after is None:
-            return True
-        self.last = epoch
-        if after.cost < self.cost:
-            self.cost, self.epoch = after.cost, epoch
-            self.theta[...] = self.net.theta
-        return epoch - self.epoch < self.patience
-
-    def restore(self) -> int | None:
-        """Give the network the best parameters, and say of which epoch they are."""
-        if self.patience is None or not self.epoch:
-            return None
-        if self.epoch != self.last:
-            self.net.theta[...] = self.theta
-        return self.epoch
-
-
-def _checked(net: Network, X: Any, T: Any, cost: Cost) -> tuple[Array, Array, str]:
-    """Features, targets, and the task for counting: "regression" where targets under a sigmoid are not all 0 or 1."""
+def _samples(net: Network, X: Any, T: Any, cost: Cost, sample_weight: Any = None, class_weight: Any = None) -> Samples:
+    """What a user handed over, checked; the task is "regression" where targets under a sigmoid are not all 0 or 1."""
     data = inputs.features(X, net.layers[0], net.dtype)
     wanted = inputs.targets(T, len(data), net.layers[-1], cost.name, net.dtype)
+    weights = inputs.sample_weights(sample_weight, len(data), net.dtype)
+    if class_weight is not None:
+        by_class = inputs.class_weights(class_weight, wanted, net.layers[-1])
+        weights = inputs.sample_weights(by_class if weights is None else weights * by_class, len(data), net.dtype)
     task = _task(net, wanted)
     if task in ("binary", "multilabel") and not bool(((wanted == 0) | (wanted == 1)).all()):
         task = "regression"
-    return data, wanted, task
+    return Samples(data, wanted, weights, task)
 
 
 def _task(net: Network, wanted: Array) -> str:
@@ -425,10 +365,6 @@ def _pair(validation: Any) -> tuple[Any, Any]:
     return validation[0], validation[1]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-
-
 def _frozen(net: Network, frozen: Any) -> int:
     try:
         number_of_layers = operator.index(frozen)
@@ -437,16 +373,6 @@ def _frozen(net: Network, frozen: Any) -> int:
     if not 0 <= number_of_layers < net.L:
         raise ConfigError(f"frozen is {frozen!r}", f"give 0 to {net.L - 1}: how many of the first layers to keep")
     return number_of_layers
-
-
-def _positive(name: str, value: Any) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ConfigError(f"{name} is {value!r}", "give an integer, 1 or more")
-    return number
 
 
 def _lr(lr: float, factor: Schedule, step: int, total: int) -> float:

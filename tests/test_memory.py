@@ -9,6 +9,7 @@ import backprop_gpu as bp
 from backprop_gpu.activations import HIDDEN, OUTPUT
 from backprop_gpu.costs import COSTS
 from backprop_gpu.executors import Eager, Problem
+from backprop_gpu.inputs import Samples
 from backprop_gpu.optimizers import OPTIMIZERS, choose_optimizer
 from backprop_gpu.regularization import Regularization
 
@@ -32,9 +33,8 @@ def peak_of_a_step(m, width, hidden="relu", cost="cross_entropy", g="softmax", r
         T = np.eye(K, dtype=np.float32)[T]
     weights = rng.random(2 * m).astype(np.float32) if more.pop("weights", False) else None
     chosen = COSTS[cost].smoothed(more.pop("label_smoothing", 0.0))
-    problem = Problem(
-        net, chosen, "labels" if labels else net.task, X, T, weights, "mean", Regularization(**more), frozen=0
-    )
+    samples = Samples(X, T, weights, "labels" if labels else net.task)
+    problem = Problem(net, chosen, samples, "mean", Regularization(**more), frozen=0)
     executor = Eager(problem, rule, m, seed=0)
     measured = np.zeros((4, 2))
     orders = [rng.permutation(2 * m)[:size] for size in (m, m, m // 3, m)]

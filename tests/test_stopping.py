@@ -276,6 +276,9 @@ def test_a_share_is_split_off_and_watched(backend, line):
     given_set = bp.train(nets[1], X[stay], T[stay], epochs=3, validation=(X[held], T[held]), seed=6)
     np.testing.assert_array_equal(to_host(nets[0].theta), to_host(nets[1].theta))
     assert split.validation_cost == given_set.validation_cost
+    on_device = linear(backend.name)
+    bp.train(on_device, backend.xp.asarray(X), backend.xp.asarray(T), epochs=3, validation=0.2, seed=6)
+    np.testing.assert_array_equal(to_host(on_device.theta), to_host(nets[0].theta))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import backprop_gpu as bp
 from backprop_gpu.backend import to_host
 from backprop_gpu.batches import epoch_plan, steps_per_epoch
 from backprop_gpu.executors import Eager, Problem
+from backprop_gpu.inputs import Samples
 from backprop_gpu.network import Batch
 from backprop_gpu.regularization import Regularization
 from backprop_gpu.schedules import Cosine
@@ -509,7 +510,7 @@ def test_threads_train_their_own_networks(blobs):
         ({"callbacks": None}, bp.ConfigError),
         ({"callbacks": [5]}, bp.ConfigError),
         ({"optimizer": bp.Adam(eps=1e-45)}, bp.ConfigError),
-        ({"validation": 3}, bp.DataError),
+        ({"validation": 3}, bp.ConfigError),
         ({"validation": (np.ones((2, 5)), [0, 1])}, bp.DataError),
         ({"save": "no/such/directory/x.safetensors"}, bp.CheckpointError),
         ({"save": "/"}, bp.CheckpointError),
@@ -530,7 +531,8 @@ def test_the_executor_measures_before_it_updates(blobs):
     wanted = net.gradients(X[:7], T[:7])["cost"]
     from backprop_gpu.costs import COSTS
 
-    problem = Problem(net, COSTS["cross_entropy"], "labels", X, T, None, "mean", Regularization(), frozen=0)
+    samples = Samples(X, T, None, "labels")
+    problem = Problem(net, COSTS["cross_entropy"], samples, "mean", Regularization(), frozen=0)
     executor = Eager(problem, bp.SGD(0.5), 7, seed=0)
     measured = np.zeros(2)
     executor.step(np.arange(7), 0.5, 1, measured)
