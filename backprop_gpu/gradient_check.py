@@ -46,7 +46,7 @@ from .specs import number
 
 EPS, TOLERANCE, DIRECTIONS, EVERY_PARAMETER_UP_TO = 1e-5, 1e-7, 8, 2000
 SMALLER_STEPS = 2  # eps/10 and eps/100 are tried where there are kinks
-SURE = 7.0  # a gap of less than so many times delta / h may be rounding
+SURE = 9.0  # a gap of less than so many times delta / h may be rounding
 SEEN = 1e-3  # a gradient of which rounding may be a larger part than this counts as lost
 OWN = {"float32": (2.0**-24, 1e-4), "float64": (2.0**-53, 1e-9)}  # by precision: unit roundoff, tolerance
 STREAM = 1 << 63  # of the generator; below are the epochs of training
@@ -407,8 +407,7 @@ def _look_closer(
     """The slope n of line k, its rounding error, and whether a kink makes it unknown.
 
     `C_0`: phi(0); `ends`: phi(eps) and phi(-eps); `s`: what the formulas say; `share`: how far n may be from it. The
-    steps eps, eps/10, eps/100 are taken until n is within its share or phi is smooth, and as long as smaller ones can
-    still tell anything.
+    steps eps, eps/10, eps/100 are taken until n is within its share, or within rounding, or phi is smooth.
     """
     h, (up, down), steps = eps, ends, SMALLER_STEPS
     while True:
@@ -424,8 +423,7 @@ def _look_closer(
             return n, rounding, False  # smooth: the gap is the formula's
         if abs(n - 4 / 3 * d - s) <= max(share, 2.7 * rounding):
             return n - 4 / 3 * d, 2.7 * rounding, False  # Richardson's extrapolation: it was curvature
-        lost = 10 * d_rounding > gap / 2 or (t > abs(d) and 10 * t_rounding > t / 2)
-        if steps == 0 or lost:
+        if steps == 0:
             # Corners of several samples at one place can hide in t behind each other, in part.
             return n, rounding, gap <= 4 * abs(d) or (t > t_rounding and gap <= 32 * t)
         h, steps = h / 10, steps - 1

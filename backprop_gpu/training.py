@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -94,7 +94,15 @@ class Run:
     whole: bool = True
 
 
-Callback = Callable[[Run], Any]
+class OnStep(Protocol):
+    """What is called after every step."""
+
+    def on_step(self, run: Run) -> Any:
+        """`run.step` steps are done."""
+
+
+Callback = Callable[[Run], Any] | OnStep
+Hook = Callable[[Run], Any]
 BATCH_SIZE = 128
 
 
@@ -390,7 +398,7 @@ def _lr(lr: float, factor: Schedule, step: int, total: int) -> float:
     return value
 
 
-def _hooks(callbacks: Any) -> tuple[list[Callback], list[Callback]]:
+def _hooks(callbacks: Any) -> tuple[list[Hook], list[Hook]]:
     """What to call after each step, and after each epoch."""
     if not isinstance(callbacks, (list, tuple)) or not all(callable(c) or hasattr(c, "on_step") for c in callbacks):
         raise ConfigError(
@@ -431,7 +439,7 @@ def _alone(net: Network) -> Iterator[None]:
             _in_training.discard(id(net))
 
 
-def _call(callback: Callback, run: Run) -> None:
+def _call(callback: Hook, run: Run) -> None:
     try:
         callback(run)
     except Exception as e:

@@ -103,7 +103,15 @@ def test_every_parameter_of_a_small_network_and_directions_of_a_large_one():
     assert [(r.checked, r.along) for r in rows] == [(4, "directions")] * 3 + [(3, "parameters")]
     same, other = (gradient_check(net, X, T, every_parameter_up_to=0, seed=seed) for seed in (0, 1))
     assert same == gradient_check(net, X, T, every_parameter_up_to=0)
-    assert same != other
+    assert same.rows[0].error != other.rows[0].error
+
+
+def test_directions_are_unit_vectors_and_differ():
+    theta = np.zeros((30, 40))
+    tensors = [module._Lines(theta, 8, False, seed, stream, None) for seed, stream in ((0, 5), (1, 5), (0, 1 << 40))]
+    U = np.array([lines[k][1] for lines in tensors for k in range(8)])
+    np.testing.assert_allclose(np.abs(U @ U.T), np.eye(24), atol=0.2)
+    np.testing.assert_allclose(np.diag(U @ U.T), 1, rtol=1e-13)
 
 
 def test_a_large_network_passes_on_mnist(mnist):
@@ -511,6 +519,13 @@ def test_targets_far_from_zero_do_not_fail(rng, offset):
     assert sum(r.kinks for r in report.rows) == 0
 
 
+def test_a_perfect_fit_far_from_zero_proves_nothing(rng):
+    net = network([4, 16, 1], output="identity")
+    net.b[2][...] = 1e7
+    X = rng.normal(size=(20, 4))
+    assert {r.status for r in gradient_check(net, X, net.forward(X)).rows} == {"below noise"}
+
+
 @pytest.mark.parametrize("scale", [10, 100, 1000])
 @pytest.mark.parametrize("f", ["tanh", "softplus", "swish"])
 def test_curvature_of_data_that_is_not_scaled_does_not_fail(f, scale):
@@ -559,6 +574,27 @@ def test_the_own_gradient_is_held_against_float64(backend, precision):
         assert (1e-9 < largest < 1e-5) if precision == "float32" else largest < 1e-13
         assert f"own ({precision} on {backend.name})" in str(report)
         assert f"; {precision} on {backend.name}: " in report.verdict
+
+
+@pytest.mark.parametrize("f", ["sigmoid", "tanh", "softplus", "swish", "gelu", "elu"])
+@pytest.mark.parametrize("z", [-12.0, -7.0, -5.0, 5.0, 7.0, 12.0])
+def test_what_float32_loses_where_f_is_flat_is_no_failure(f, z):
+    """1 - a^2 near a = 1, or z (1 + t) / 2 near t = -1, are small differences: their digits are lost in float32."""
+    net = network([2, 3, 2], f, "identity", precision="float32", seed=4)
+    X, T = sample_problem(net, 3, 4)
+    net.b[1][...] = z
+    report = gradient_check(net, X, T)
+    assert not {"FAILED", "FAILED (own)", "inconclusive"} & {r.status for r in report.rows}, str(report)
+
+
+def test_what_float32_loses_of_large_logits_is_no_failure():
+    net = network([2, 3], precision="float32", seed=4)
+    X, T = sample_problem(net, 3, 4)
+    net.b[1][...] = [3e4, 3e4 + 0.3, 3e4 - 0.2]
+    report = gradient_check(net, X, T)
+    assert max(r.own for r in report.rows) > 1e-4
+    assert not {"FAILED", "FAILED (own)", "inconclusive"} & {r.status for r in report.rows}, str(report)
+    assert ", of rounding " in report.verdict
 
 
 def test_a_slip_in_float32_alone_fails_the_own_column(monkeypatch):
