@@ -167,8 +167,10 @@ def update(
         diverged[0] = t
     if diverged[0]:
         return False
-    # A step is about lr, or lr times the gradient: only a huge one leaves the finite numbers, or a decay that grows.
-    risky = lr * (1 + math.sqrt(norm2)) > HUGE_STEP or lr * rule.weight_decay >= 1
+    # A step is about lr, or lr times the gradient, and slots hold squares of gradients: only huge ones leave the finite
+    # numbers, or a decay that grows.
+    huge = max(lr, 1.0) * (1 + math.sqrt(norm2)) > HUGE_STEP or rule.weight_decay > HUGE_STEP
+    risky = huge or lr * rule.weight_decay >= 1
     before = [v.copy() for v in (theta, *slots)] if risky else []
     c = rule.coefficients(lr, t)
     for i in range(0, theta.size, BLOCK):

@@ -95,48 +95,52 @@ NO_FORMULA_CALLS = {
     "TypeVar",
 }
 
-GRADIENTS, OPERATIONS_FILE = "tests/test_gradients.py", "tests/test_operations.py"
-_QUICK_OPERATIONS = (
-    OPERATIONS_FILE,
-    "-k",
-    "not float32 and not 1-1 and not 1-31 and not 33-1 and not 3-257 and not 127-10",
-)
-_QUICK_GRADIENTS = (GRADIENTS, "-k", "True-2 or (tanh and False-2)")
-_QUICK_FILES = tuple(
-    f"tests/test_{name}.py"
-    for name in "own_functions dropout regularization weights network layers stopping training inputs".split()
-)
-_SLOW_FILES = (OPERATIONS_FILE, GRADIENTS)
+_OPERATIONS, _GRADIENTS = "tests/test_operations.py", "tests/test_gradients.py"
+_ONE_SIZE = "not float32 and not 1-1 and not 1-31 and not 33-1 and not 3-257 and not 127-10"
+_QUICK = "own_functions dropout regularization weights network layers stopping training inputs"
 
 
-def _files(names: str) -> tuple[str, ...]:
-    return tuple(f"tests/test_{name}.py" for name in names.split())
+def _plan(first: str, *later: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Stages, each the arguments of pytest: the files of these names, what is said, and the rest of the quick files."""
+    rest = [name for name in _QUICK.split() if name not in first.split()]
+    quick, slow = (tuple(f"tests/test_{name}.py" for name in names) for names in (first.split(), rest))
+    return [stage for stage in (quick, *later, slow) if stage]
 
 
-# Module: what each mutant of it meets, stage by stage: arguments of pytest.
+# Module: what each mutant of it meets, quickest first.
 PLAN = {
-    "network": [_files("network layers dropout weights regularization"), _QUICK_GRADIENTS, _QUICK_FILES, _SLOW_FILES],
-    "activations": [_QUICK_OPERATIONS, _QUICK_FILES, _SLOW_FILES],
-    "costs": [_QUICK_OPERATIONS, _files("regularization own_functions"), _QUICK_FILES, _SLOW_FILES],
-    "dropout": [_files("dropout"), _QUICK_FILES],
-    "regularization": [_files("regularization"), _QUICK_FILES],
-    "initializers": [_files("network"), _QUICK_FILES],
-    "batches": [_files("stopping"), _QUICK_FILES],
-    "numpy_ops": [_files("network weights"), _QUICK_OPERATIONS, _QUICK_FILES, _SLOW_FILES],
-    "cuda_ops": [(*_QUICK_OPERATIONS[:2], f"fake and {_QUICK_OPERATIONS[2]}"), _QUICK_FILES, _SLOW_FILES],
-    "executors": [_files("weights regularization dropout"), _QUICK_FILES],
-    "training": [_files("stopping weights"), _QUICK_FILES],
-    "stopping": [_files("stopping"), _QUICK_FILES],
-    "inputs": [_files("weights"), _QUICK_FILES],
-    "optimizers": [_files("optimizers"), _QUICK_FILES],
-    "schedules": [_files("schedules"), _QUICK_FILES],
+    "network": _plan("network layers dropout weights regularization", (_GRADIENTS, "-k", "True-2 or (tanh and False)")),
+    "activations": _plan("", (_OPERATIONS, "-k", _ONE_SIZE), (_OPERATIONS,)),
+    "costs": _plan("own_functions regularization", (_OPERATIONS, "-k", _ONE_SIZE), (_OPERATIONS,)),
+    "dropout": _plan("dropout"),
+    "regularization": _plan("regularization"),
+    "initializers": _plan("network"),
+    "batches": _plan("stopping"),
+    "numpy_ops": [*_plan("weights network", (_OPERATIONS, "-k", _ONE_SIZE), (_OPERATIONS,)), ("tests/test_memory.py",)],
+    "cuda_ops": _plan("weights", (_OPERATIONS, "-k", f"fake and {_ONE_SIZE}"), (_OPERATIONS, "-k", "fake")),
+    "executors": _plan("weights regularization dropout"),
+    "training": _plan("stopping weights"),
+    "stopping": _plan("stopping"),
+    "inputs": _plan("weights"),
+    "optimizers": _plan("optimizers"),
+    "schedules": _plan("schedules"),
 }
 LIMIT = 300.0  # seconds a stage
 WRONG_PACKAGE = 71  # a status that pytest has not
 
-# (module, line without its comment, with the mutant in it, or line as it is: then every mutant of it): why it changes no behaviour.
-# A dropped statement reads "pass  # its first line".
-EQUIVALENT: dict[tuple[str, str], str] = {}
+# Mutants that change no behaviour, and why: (module, line with the mutant in it), or (module, line as it is) for every
+# mutant of that line, in both without a comment. A dropped statement reads "pass  # its first line".
+_SCRATCH = "another scratch array, free there too"
+_HEED = "decides only when a copy is kept to go back to, far from where it is needed"
+EQUIVALENT: dict[tuple[str, str], str] = {
+    ("costs", "cost.from_Y(ops, Y, T, Delta, C, s[1])"): _SCRATCH,
+    ("costs", "cost.from_Z(ops, Z, T, Delta, C, s[1], cost.smoothing)"): _SCRATCH,
+    ("numpy_ops", "BLOCK = 1 << 17"): "how much is done at a time, for speed",
+    ("numpy_ops", "HUGE_STEP = 1e12"): _HEED,
+    ("numpy_ops", "risky = lr * (1 + math.sqrt(norm2)) >= HUGE_STEP or lr * rule.weight_decay >= 1"): _HEED,
+    ("numpy_ops", "risky = lr * (2 + math.sqrt(norm2)) > HUGE_STEP or lr * rule.weight_decay >= 1"): _HEED,
+    ("numpy_ops", "risky = lr * (1 + float(norm2)) > HUGE_STEP or lr * rule.weight_decay >= 1"): _HEED,
+}
 
 
 class Mutant(NamedTuple):
@@ -280,7 +284,7 @@ class _Sites(ast.NodeVisitor):
     def visit_Assign(self, node: ast.Assign) -> None:
         if all(isinstance(t, ast.Subscript) for t in node.targets):
             self.replace(node, "pass")
-        if self.text(node.targets[0]) != "__all__":
+        if self.text(node.targets[0]) not in ("__all__", "_RANGES"):
             self.generic_visit(node)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:

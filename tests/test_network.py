@@ -279,3 +279,16 @@ def test_nonsense_is_refused(make):
 def test_illegal_pair_names_the_legal_ones():
     with pytest.raises(bp.ConfigError, match=r"use output 'softmax', or one of the costs squared_error"):
         bp.Network([3, 2], output="identity").gradients([[1, 2, 3]], [0], cost="cross_entropy")
+
+
+def test_one_output_that_is_not_finite_is_enough(backend):
+    net = bp.Network([2, 3], init="zeros", backend=backend.name)
+    net.b[1][1:2] = -np.inf
+    with pytest.raises(bp.DataError, match="the outputs are not finite at row 0"):
+        net.predict([[0.0, 0.0]])
+
+
+def test_an_output_of_one_half_is_class_0(backend):
+    for K in (1, 2):
+        net = bp.Network([2, K], output="sigmoid", init="zeros", backend=backend.name)
+        assert not net.predict([[0.0, 0.0], [1.0, 1.0]]).any()

@@ -214,6 +214,18 @@ def test_update_undoes_a_step_that_leaves_the_finite_numbers(backend, rng, rule,
         np.testing.assert_array_equal(to_host(kept), old)
 
 
+def test_update_undoes_a_step_after_which_a_slot_is_infinite(backend):
+    """AdaGrad's sum of squares near the end of float32, at a learning rate so small that theta hardly moves."""
+    theta, g, G = (np.full(100, x, np.float32) for x in (1.0, 1e18, 3.4e38))
+    d_theta, d_g, d_G, measured = device(backend, theta, g, G, np.zeros(2))
+    diverged = backend.xp.zeros(1, np.int64)
+    with np.errstate(all="ignore"):
+        backend.ops.update(AdaGrad(1e-10), d_theta, d_g, (d_G,), 1e-10, 7, measured, diverged)
+    assert int(diverged[0]) == 7
+    np.testing.assert_array_equal(to_host(d_theta), theta)
+    np.testing.assert_array_equal(to_host(d_G), G)
+
+
 def test_binary_cross_entropy_keeps_its_digits(backend, rng):
     """A hundred logits near 1000, each right: large terms that all but cancel, in float32."""
     Z = (1000 + rng.normal(size=(1, 100))).astype(np.float32)
@@ -265,3 +277,37 @@ def test_identity_in_place_is_the_affine_map(backend):
     Z = backend.xp.empty((1, 1))
     backend.ops.affine_activate(*device(backend, W, A), None, IDENTITY, Z, Z)
     assert to_host(Z).tolist() == [[6.0]]
+
+
+@pytest.mark.parametrize("task", ["binary", "multilabel"])
+def test_what_lies_on_the_border_counts_as_zero(backend, dtype, task):
+    """An output of exactly 1/2, which is z = 0, and a target of exactly 1/2."""
+    Z, T, C = np.array([[0.0], [0.0], [1.0]], dtype), np.array([[0.0], [0.5], [0.5]], dtype), np.zeros(3, dtype)
+    out = backend.xp.zeros(2, np.float64)
+    backend.ops.measure(task, OUTPUT["sigmoid"], *device(backend, Z, T, C), None, out)
+    assert to_host(out).tolist() == [0, 2]
+
+
+def test_norm_of_nothing(backend, dtype):
+    """Where y = t, C and its gradient are 0, beside rows where they are not; what scratch holds does not matter."""
+    Y, T = np.array([[3.0, 1.0], [2.0, 5.0], [0.0, 0.0]], dtype), np.array([[0.0, 5.0], [2.0, 5.0], [0.0, 0.0]], dtype)
+    for _ in range(2):
+        Delta, C = backend.xp.empty((3, 2), dtype), backend.xp.empty(3, dtype)
+        backend.ops.output_delta(COSTS["norm"], IDENTITY, *device(backend, Y, T), 1.0, Delta, C)
+        np.testing.assert_allclose(to_host(C), [5, 0, 0], rtol=1e-6)
+        np.testing.assert_allclose(to_host(Delta), [[0.6, -0.8], [0, 0], [0, 0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rule", [SGD(1e13, momentum=0.9), SGD(2.0, weight_decay=0.5), AdamW(2.0, weight_decay=0.5)], ids=repr
+)
+def test_a_huge_step_that_stays_finite_is_taken(backend, rng, rule):
+    theta, g = rng.normal(size=50), rng.normal(size=50)
+    wanted, slots = theta.copy(), [np.zeros(50) for _ in range(rule.slots)]
+    rule.apply(np, wanted, g, tuple(slots), rule.coefficients(rule.lr, 1), (np.empty(50), np.empty(50)))
+    d_theta, d_g, measured, *d_slots = device(backend, theta, g, np.zeros(2), *(np.zeros(50) for _ in slots))
+    diverged = backend.xp.zeros(1, np.int64)
+    assert backend.ops.update(rule, d_theta, d_g, tuple(d_slots), rule.lr, 1, measured, diverged)
+    assert int(diverged[0]) == 0
+    for is_now, old in zip((d_theta, *d_slots), (wanted, *slots), strict=True):
+        np.testing.assert_array_equal(to_host(is_now), old)

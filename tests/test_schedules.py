@@ -174,7 +174,7 @@ def plateaus(costs, factor, patience, threshold, cooldown, minimum):
 
 
 @given(
-    costs=st.lists(st.sampled_from([0.1, 0.5, 0.99, 0.9999, 1.0, 1.5, math.nan, math.inf]), max_size=30),
+    costs=st.lists(st.sampled_from([0.1, 0.42, 0.5, 0.7, 0.99, 0.9999, 1.0, 1.5, math.nan, math.inf]), max_size=30),
     factor=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
     patience=st.integers(0, 4),
     threshold=st.sampled_from([0.0, 1e-4, 0.1, 0.6]),
@@ -196,6 +196,8 @@ def test_plateau_by_hand():
     assert ReduceOnPlateau().during([1.0] * 4)(0, 1) == 1
     assert ReduceOnPlateau().during([1.0] * 5)(0, 1) == 0.1
     assert ReduceOnPlateau(minimum=0.05).during([1.0] * 99)(0, 1) == 0.05
+    relative = ReduceOnPlateau(patience=0, threshold=0.5)
+    assert [relative.during([4.0, cost])(0, 1) for cost in (1.9, 2.0, 3.0)] == [1, 0.1, 0.1]
 
 
 def test_warmup_passes_the_costs_on():

@@ -129,3 +129,8 @@ def test_numbers_are_finite_and_in_the_range(value, low_open, high_open):
 def test_a_range_without_end_has_none_in_the_cure():
     with pytest.raises(bp.ConfigError, match=r"a finite number from 2$"):
         number("Soup", "salt", 1, low=2)
+
+
+def test_what_is_infinite_is_refused_in_any_range():
+    with pytest.raises(bp.ConfigError, match="salt is inf"):
+        number("Soup", "salt", float("inf"), high_open=False)

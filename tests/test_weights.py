@@ -97,8 +97,9 @@ def test_class_weights_are_sample_weights(backend, problem):
     [
         (np.array([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]]), [1, 0, 1], {"output": "softmax"}),
         (np.array([1.0, 0.0, 1.0]), [1, 0, 1], {"output": "sigmoid"}),
+        (np.array([1.0, 0.5, 0.6]), [1, 0, 1], {"output": "sigmoid"}),
     ],
-    ids=["rows", "one output"],
+    ids=["rows", "one output", "one half"],
 )
 def test_class_weights_of_rows_and_of_one_output(T, classes, settings):
     X, K = np.eye(3), 1 if T.ndim == 1 else 2
