@@ -139,6 +139,8 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("numpy_ops", "HUGE_STEP = 1e12"): _HEED,
     ("numpy_ops", "risky = lr * (1 + math.sqrt(norm2)) >= HUGE_STEP or lr * rule.weight_decay >= 1"): _HEED,
     ("numpy_ops", "risky = lr * (2 + math.sqrt(norm2)) > HUGE_STEP or lr * rule.weight_decay >= 1"): _HEED,
+    ("numpy_ops", "risky = lr * (1 + math.sqrt(norm2)) > HUGE_STEP or lr * rule.weight_decay > 1"): _HEED,
+    ("numpy_ops", "risky = lr * (1 + math.sqrt(norm2)) > HUGE_STEP or lr * rule.weight_decay >= 2"): _HEED,
     ("numpy_ops", "risky = lr * (1 + float(norm2)) > HUGE_STEP or lr * rule.weight_decay >= 1"): _HEED,
 }
 

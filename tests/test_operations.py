@@ -4,7 +4,7 @@ import formulas
 import numpy as np
 import pytest
 
-from backprop_gpu import SGD, Adam, AdamW, numpy_ops
+from backprop_gpu import SGD, AdaGrad, Adam, AdamW, numpy_ops
 from backprop_gpu.activations import HIDDEN, IDENTITY, OUTPUT
 from backprop_gpu.backend import to_host
 from backprop_gpu.costs import COSTS
