@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import backprop_gpu as bp
+from backprop_gpu import network
 from backprop_gpu.backend import is_cupy, to_host
 from backprop_gpu.initializers import INITIALIZERS
 
@@ -292,3 +293,19 @@ def test_an_output_of_one_half_is_class_0(backend):
     for K in (1, 2):
         net = bp.Network([2, K], output="sigmoid", init="zeros", backend=backend.name)
         assert not net.predict([[0.0, 0.0], [1.0, 1.0]]).any()
+
+
+def test_outputs_take_no_more_memory_than_a_chunk(monkeypatch):
+    made = []
+
+    class Recorded(network.Batch):
+        def __init__(self, net, m, **settings):
+            made.append(m)
+            super().__init__(net, m, **settings)
+
+    monkeypatch.setattr(network, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(network, "Batch", Recorded)
+    net = bp.Network([3, 2], backend="numpy")
+    for samples in (3, 40):
+        net.forward(np.ones((samples, 3)))
+    assert made == [3, 7]

@@ -282,10 +282,10 @@ def test_identity_in_place_is_the_affine_map(backend):
 @pytest.mark.parametrize("task", ["binary", "multilabel"])
 def test_what_lies_on_the_border_counts_as_zero(backend, dtype, task):
     """An output of exactly 1/2, which is z = 0, and a target of exactly 1/2."""
-    Z, T, C = np.array([[0.0], [0.0], [1.0]], dtype), np.array([[0.0], [0.5], [0.5]], dtype), np.zeros(3, dtype)
+    Z, T, C = np.array([[0.0], [0.0], [1.0]], dtype), np.array([[0.0], [0.5], [1.0]], dtype), np.zeros(3, dtype)
     out = backend.xp.zeros(2, np.float64)
     backend.ops.measure(task, OUTPUT["sigmoid"], *device(backend, Z, T, C), None, out)
-    assert to_host(out).tolist() == [0, 2]
+    assert to_host(out).tolist() == [0, 3]
 
 
 def test_norm_of_nothing(backend, dtype):

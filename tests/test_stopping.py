@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import backprop_gpu as bp
 from backprop_gpu.backend import to_host
 from backprop_gpu.batches import epoch_plan, split_off
+from backprop_gpu.network import Batch
 
 
 @pytest.fixture
@@ -305,3 +306,28 @@ def test_nonsense_is_refused_before_anything_moves(line, settings, error):
     with pytest.raises(error):
         bp.train(net, *line, **settings)
     np.testing.assert_array_equal(net.theta, before)
+
+
+def test_limits_that_are_just_met(backend):
+    """At a minimum, exactly: a norm of 0 is at most 0, and a cost that stays the same is not a lower one."""
+    X, T = np.ones((4, 3)), np.zeros((4, 1))
+    at_minimum = {"layers": [3, 1], "output": "identity", "init": "zeros", "backend": backend.name}
+    history = bp.train(bp.Network(**at_minimum), X, T, epochs=9, gradient_tolerance=0)
+    assert (history.stopped, len(history)) == ("gradient", 1)
+    history = bp.train(bp.Network(**at_minimum), X, T, epochs=9, validation=(X, T), patience=2)
+    assert (history.stopped, len(history), history.best_epoch) == ("patience", 3, 1)
+
+
+def test_the_whole_gradient_takes_no_more_memory_than_a_chunk(line, monkeypatch):
+    from backprop_gpu import training
+
+    made = []
+
+    def recorded(net, m, **settings):
+        made.append(m)
+        return Batch(net, m, **settings)
+
+    monkeypatch.setattr(training, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(training, "Batch", recorded)
+    bp.train(linear(), *line, epochs=2, gradient_norms=True)
+    assert made == [7, 7]

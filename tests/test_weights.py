@@ -5,6 +5,7 @@ import pytest
 
 import backprop_gpu as bp
 from backprop_gpu.backend import to_host
+from backprop_gpu.inputs import class_weights
 
 
 @pytest.fixture
@@ -104,8 +105,8 @@ def test_class_weights_are_sample_weights(backend, problem):
 def test_class_weights_of_rows_and_of_one_output(T, classes, settings):
     X, K = np.eye(3), 1 if T.ndim == 1 else 2
     nets = [bp.Network([3, K], backend="numpy", **settings) for _ in range(2)]
-    bp.train(nets[0], X, T, epochs=1, class_weight=[1, 5])
-    bp.train(nets[1], X, T, epochs=1, sample_weight=[1 + 4 * c for c in classes])
+    bp.train(nets[0], X, T, optimizer=bp.SGD(0.1), epochs=1, class_weight=[1, 5])
+    bp.train(nets[1], X, T, optimizer=bp.SGD(0.1), epochs=1, sample_weight=[1 + 4 * c for c in classes])
     np.testing.assert_array_equal(nets[0].theta, nets[1].theta)
 
 
@@ -158,3 +159,9 @@ def test_an_unknown_reduction_is_refused():
     for call in (bp.train, bp.evaluate, lambda *a, **k: bp.Network.gradients(*a, **k)):
         with pytest.raises(bp.ConfigError, match="did you mean 'sum'"):
             call(bp.Network([2, 2], backend="numpy"), np.zeros((3, 2)), [0, 1, 0], reduction="summ")
+
+
+def test_balanced_weights_heed_the_classes_that_are_there():
+    """m / (classes there are x samples of the class): one that has no sample does not count."""
+    weights = class_weights("balanced", np.array([0, 2, 0, 0]), 4)
+    np.testing.assert_allclose(weights, [4 / (2 * 3), 4 / (2 * 1), 4 / (2 * 3), 4 / (2 * 3)])
