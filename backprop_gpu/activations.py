@@ -53,7 +53,7 @@ class Activation(NamedTuple):
 
         ConfigError for a name that is taken or no identifier, and, when it is used, for results of another shape.
         """
-        check_own_name("activation", name, OUTPUT)
+        check_own("activation", name, OUTPUT, value, derivative)
         if derivative_from not in ("A", "Z"):
             raise ConfigError(f"derivative_from is {derivative_from!r}", "give 'A' or 'Z'")
         return cls(
@@ -65,17 +65,23 @@ class Activation(NamedTuple):
         )
 
 
-def check_own_name(what: str, name: Any, taken: Any) -> None:
-    """ConfigError unless `name` can be given to a function of one's own."""
+def check_own(what: str, name: Any, taken: Any, *functions: Any) -> None:
+    """ConfigError unless a function of one's own can have that name, and its parts can be called."""
     if not (isinstance(name, str) and name.isidentifier()) or name in taken:
-        raise ConfigError(f"{name!r} cannot name an {what} of your own", "give an identifier that is not in use yet")
+        raise ConfigError(f"{name!r} cannot name your own {what}", "give an identifier that is not in use yet")
+    if not all(map(callable, functions)):
+        raise ConfigError(f"the {what} {name} has a value or derivative that is no function", "give two functions")
 
 
-def fill(out: Array, result: Any, what: str) -> None:
-    """out = result, which shall have out's shape, or be one number."""
-    shape = getattr(result, "shape", ())
-    if shape not in (out.shape, ()):
-        raise ConfigError(f"{what} has shape {shape} for arrays of shape {out.shape}", "return one number an element")
+def fill(out: Array, result: Any, what: str, number: bool = True) -> None:
+    """out = result, real numbers in out's shape, or one number where `number`."""
+    shape = () if isinstance(result, (int, float)) else getattr(result, "shape", None)
+    kind = getattr(getattr(result, "dtype", None), "kind", "f")
+    if kind not in "biuf" or (shape != out.shape and not (number and shape == ())):
+        found = f"is {type(result).__name__}" if shape is None else f"has shape {shape} and kind {kind!r}"
+        raise ConfigError(
+            f"{what} {found} for arrays of shape {out.shape}", f"return real numbers of shape {out.shape}"
+        )
     out[...] = result
 
 

@@ -19,10 +19,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .activations import Activation
+from .activations import OUTPUT, Activation
 from .backend import choose, to_host
-from .costs import Cost, choose_cost
-from .errors import CheckpointError, lookup
+from .costs import MAKERS, Cost, choose_cost
+from .errors import CheckpointError, ConfigError, lookup
 from .initializers import INITIALIZERS
 from .network import Network, natural_task
 
@@ -70,6 +70,10 @@ def load_network(path: str | os.PathLike[str], backend: str = "auto", own: Own =
     ConfigError and BackendError as `backend.choose`.
     """
     choose(backend)  # what is wrong with the backend is not the file's fault
+    if not isinstance(own, (list, tuple)) or not all(type(f) in (Activation, Cost) for f in own):
+        raise ConfigError(f"own is {own!r}", "give a list of activations and costs")
+    if len({f.name for f in own}) != len(own):
+        raise ConfigError("own has two functions of one name", "load with those the network was made with")
     path = Path(path)
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # before it is opened: opening a pipe would wait for ever
@@ -98,7 +102,7 @@ def _load(path: Path, file: BinaryIO, backend: str, own: Own) -> Network:
             raise _bad(path, f"is a safetensors file, but of {metadata['format']!r}, not of {FORMAT}")
         if metadata["format_version"] not in ("1", VERSION):
             raise CheckpointError(
-                f"{path} has format version {metadata['format_version']!r}, this library reads {VERSION!r}",
+                f"{path} has format version {metadata['format_version']!r}, this library reads up to {VERSION!r}",
                 "install a newer backprop_gpu",
             )
         config = json.loads(metadata["config"], object_pairs_hook=_no_duplicates)
@@ -109,6 +113,7 @@ def _load(path: Path, file: BinaryIO, backend: str, own: Own) -> Network:
         if set(config) != {*_SETTINGS, "cost", "task"} or set(metadata) != _METADATA or set(digests) != set(shapes):
             raise ValueError("it has more or fewer entries than it should")
         _refuse_lying_size(config["layers"], size)
+        _refuse_unknown(path, config, own)
         net = _from_config(config, backend, own)
     except CheckpointError:
         raise
@@ -166,6 +171,17 @@ def _from_config(config: dict[str, Any], backend: str, own: Own) -> Network:
     return net
 
 
+def _refuse_unknown(path: Path, config: dict[str, Any], own: Own) -> None:
+    """Tell functions of one's own that are wanted, and not here, from a file that is none of ours."""
+    known = {*OUTPUT, *MAKERS, *(f.name for f in own)}
+    for name in (*_listed(config["hidden"]), config["output"], str(config["cost"]).partition(":")[0]):
+        if isinstance(name, str) and name.isidentifier() and name not in known:
+            raise CheckpointError(
+                f"{path} uses {name!r}, an activation or a cost of somebody's own",
+                "load it in Python: bp.load(path, own=[...]), with that function in the list",
+            )
+
+
 def _listed(setting: Any) -> list[Any]:
     return setting if isinstance(setting, list) else [setting]
 
@@ -217,7 +233,7 @@ def check_target(path: str | os.PathLike[str]) -> Path:
             _refuse_foreign(path, target)
     except CheckpointError:
         raise
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, TypeError) as e:
         reason, errno = getattr(e, "strerror", None) or e, getattr(e, "errno", None)
         raise CheckpointError(f"{path} cannot be written: {reason}", "name another file", errno) from None
     return target

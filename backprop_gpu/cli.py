@@ -200,9 +200,7 @@ def cli() -> None:
 @click.option("--time-limit", type=float, metavar="SECONDS", help="Stop after the step in which they have passed.")
 @click.option("--gradient-norms", is_flag=True, help="Report ||dC/dW|| of each layer after each epoch.")
 @click.option("--pretrained", type=click.Path(path_type=Path), metavar="MODEL", help="Take first layers from it.")
-@click.option(
-    "--carry-over", type=int, default=1, show_default=True, metavar="LAYERS", help="How many, with --pretrained."
-)
+@click.option("--carry-over", type=int, metavar="LAYERS", help="How many, with --pretrained.  [default: 1]")
 @click.option(
     "--frozen", type=int, default=0, show_default=True, metavar="LAYERS", help="First layers to keep as they are."
 )
@@ -229,7 +227,7 @@ def train(
     precision: str,
     save: Path | None,
     pretrained: Path | None,
-    carry_over: int,
+    carry_over: int | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -251,7 +249,9 @@ def train(
         dropout=dropout,
     )
     if pretrained is not None:
-        net.carry_over(checkpoint.load_network(pretrained, where), carry_over)
+        net.carry_over(checkpoint.load_network(pretrained, where), 1 if carry_over is None else carry_over)
+    elif carry_over is not None:
+        raise ConfigError("--carry-over without --pretrained", "name the model to take layers from")
     if test_set is not None:
         training.check_data(net, *test_set, cost=cost)  # before the training, not after it
     with report.ProgressBar() as bar:
@@ -399,6 +399,7 @@ def gradcheck(
 ) -> None:
     """Hold the gradients of a network against central differences; exit 1 where they do not agree."""
     if everything:
+        _refuse_beside_all(click.get_current_context())
         checks = check_everything(seed, precision=precision, backend=where)
         passed = all(found.passed for _, found in checks)
         text = "\n".join(f"{title}: {found.verdict}" for title, found in checks)
@@ -430,6 +431,15 @@ def gradcheck(
     _print(result, text, as_json)
     if not passed:
         sys.exit(1)
+
+
+def _refuse_beside_all(ctx: click.Context) -> None:
+    told = click.core.ParameterSource.COMMANDLINE
+    for param in ctx.command.params:
+        name = str(param.name)
+        kept = ("everything", "seed", "where", "precision", "as_json")
+        if name not in kept and ctx.get_parameter_source(name) == told:
+            raise ConfigError(f"{param.opts[0]} beside --all, which checks everything", "leave one of the two out")
 
 
 @cli.command()

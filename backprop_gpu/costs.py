@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import specs
-from .activations import Activation, Array, check_own_name, fill, sigmoid
+from .activations import Activation, Array, check_own, fill, sigmoid
 from .errors import ConfigError
 
 REDUCTIONS = ("mean", "sum")
@@ -52,14 +52,14 @@ class Cost(NamedTuple):
 
         ConfigError for a name that is taken or no identifier, and, when it is used, for results of another shape.
         """
-        check_own_name("cost", name, COSTS)
+        check_own("cost", name, COSTS, value, derivative)
 
         def from_Y(ops: Any, Y: Array, T: Array, G: Array, C: Array, s: Array) -> None:
             if T.ndim == 1:
                 s[...] = 0
                 ops.subtract_targets(s, T)
                 T = ops.xp.subtract(0, s, out=s)
-            fill(C, value(ops.xp, Y, T), f"the value of {name}")
+            fill(C, value(ops.xp, Y, T), f"the value of {name}", number=False)
             fill(G, derivative(ops.xp, Y, T), f"the derivative of {name}")
 
         return cls(name, None, from_Y=from_Y)
@@ -67,10 +67,12 @@ class Cost(NamedTuple):
     def smoothed(self, smoothing: Any) -> Cost:
         """This cost on smoothed targets: (1 - e) t + e/K for cross-entropy (Szegedy et al., 2016), e/2 for binary.
 
-        ConfigError for other costs, and for a smoothing that is not in 0..1.
+        For e = 0 it is this cost itself. ConfigError for other costs, and for a smoothing that is not in 0..1.
         """
         e = specs.number(self.name, "label_smoothing", smoothing, high=1.0, high_open=False)
-        if e and self.from_Z is None:
+        if not e:
+            return self
+        if self.from_Z is None:
             raise ConfigError(
                 f"label_smoothing does not go with cost {self.name!r}",
                 "use cross_entropy or binary_cross_entropy, or smooth the targets themselves",

@@ -786,6 +786,8 @@ def _draw(path: Path, *panels: Callable[[Any], None]) -> None:
         figure = importlib.import_module("matplotlib.figure")
     except ImportError as e:
         raise ConfigError("drawing needs matplotlib, which is not installed", "pip install 'backprop-gpu[plot]'") from e
+    if not os.path.splitext(os.fspath(path))[1]:
+        raise ConfigError(f"{os.fspath(path)} does not say what kind of file", "end its name in .png, .svg or .pdf")
     sheet = figure.Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
     for panel, ax in zip(panels, sheet.subplots(1, len(panels), squeeze=False)[0], strict=True):
         panel(ax)

@@ -14,7 +14,7 @@ import numpy as np
 
 from .activations import Array
 from .backend import array_module, is_cupy, to_host
-from .errors import DataError
+from .errors import ConfigError, DataError
 
 _CHUNK = 1 << 20  # elements looked at a time, so that a check never needs much memory
 
@@ -112,42 +112,52 @@ def targets(T: Any, m: int, K: int, cost: str, dtype: np.dtype) -> Array:
     return T
 
 
-def sample_weights(w: Any, m: int, dtype: np.dtype) -> np.ndarray | None:
+def sample_weights(
+    w: Any, m: int, dtype: np.dtype, reduction: str = "mean", what: str = "sample_weight"
+) -> np.ndarray | None:
     """The weights of m samples as (m,) in `dtype` on the host; None as it is.
+
+    For the mean, which knows no scale, they are divided by a power of two, exactly, so that the largest is from 1/2 to
+    1 and no sum of them leaves the dtype. `what` is what an error calls them.
 
     Raises DataError for another shape, for weights that are negative or not finite, and where all are 0.
     """
     if w is None:
         return None
-    w = np.asarray(to_host(_numeric("sample_weight", w)), np.float64)
+    w = np.asarray(to_host(_numeric(what, w)), np.float64)
     if w.shape != (m,):
-        raise DataError(f"sample_weight has shape {w.shape} for {m} samples", "pass one weight a sample")
-    _refuse_rows(~np.isfinite(w) | (w < 0), "sample_weight is negative or not finite at row {}", "pass weights from 0")
-    if not w.any():
-        raise DataError("all of sample_weight is 0", "pass a weight above 0 for the samples that count")
-    with np.errstate(over="ignore"):
+        raise DataError(f"{what} has shape {w.shape} for {m} samples", "pass one weight a sample")
+    _refuse_rows(~np.isfinite(w) | (w < 0), f"{what} is negative or not finite at row {{}}", "pass weights from 0")
+    if reduction == "mean":
+        w = np.ldexp(w, -int(np.frexp(w.max())[1]))
+    with np.errstate(over="ignore", under="ignore"):
         w = w.astype(dtype)
-    _refuse_rows(np.isinf(w), f"sample_weight is too large for {dtype} at row {{}}", "divide the weights by their mean")
+    if not w.any():
+        raise DataError(f"all of {what} is 0", "pass a weight above 0 for the samples that count")
+    _refuse_rows(np.isinf(w), f"{what} is too large for {dtype} at row {{}}", "divide the weights by their mean")
     return w
 
 
-def class_weights(given: Any, wanted: Array, K: int) -> np.ndarray:
+def class_weights(given: Any, wanted: Array, outputs: int, output: str) -> np.ndarray:
     """The weight that its class gives each sample, (m,) float64. `wanted` as `targets` left it.
 
     `given`: "balanced", which is m / (classes there are x samples of the class), or a mapping from label to weight (1
-    for labels that are not in it), or K weights in order. Rows of targets belong to the class of their largest entry;
-    where K = 1 to 1 above 0.5, else to 0.
+    for labels that are not in it), or the weights of all labels in order. There are classes where there are labels,
+    where the output is softmax (rows belong to the class of their largest entry), and under one sigmoid (above 0.5 is
+    class 1).
 
-    Raises DataError for anything else, and weights that are negative or not finite.
+    Raises ConfigError where there are no classes, for anything else given, and weights that are negative or not finite.
     """
     wanted = to_host(wanted)
     if wanted.ndim == 1:
         classes = wanted
-    elif wanted.shape[1] == 1:
+    elif output == "sigmoid" and outputs == 1:
         classes = (wanted[:, 0] > 0.5).astype(np.intp)
-    else:
+    elif output == "softmax":
         classes = wanted.argmax(axis=1)
-    n = max(2, K)
+    else:
+        raise ConfigError("class_weight without classes", "give labels, or use sample_weight")
+    n = max(2, outputs)
     cure = f'give "balanced", or a weight for each label, 0 to {n - 1}, as a mapping or a list'
     weights = np.ones(n)
     if isinstance(given, str) and given == "balanced":
@@ -156,12 +166,12 @@ def class_weights(given: Any, wanted: Array, K: int) -> np.ndarray:
     elif isinstance(given, Mapping):
         for label, weight in given.items():
             if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or not 0 <= label < n:
-                raise DataError(f"class_weight has the label {label!r}", cure)
+                raise ConfigError(f"class_weight has the label {label!r}", cure)
             weights[label] = _weight(weight, cure)
     elif isinstance(given, (list, tuple, np.ndarray)) and len(given) == n:
         weights[:] = [_weight(weight, cure) for weight in given]
     else:
-        raise DataError(f"class_weight is {given!r}", cure)
+        raise ConfigError(f"class_weight is {given!r}", cure)
     return weights[classes]
 
 
@@ -171,7 +181,7 @@ def _weight(value: Any, cure: str) -> float:
     except (TypeError, ValueError):
         weight = float("nan")
     if not (np.isfinite(weight) and weight >= 0):
-        raise DataError(f"class_weight holds {value!r}", cure)
+        raise ConfigError(f"class_weight holds {value!r}", cure)
     return weight
 
 

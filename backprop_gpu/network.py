@@ -14,6 +14,7 @@ row, which is how data files hold them; W[l] is (N_l, N_(l-1)) as in the notes. 
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -206,8 +207,12 @@ class Network:
             None,
             *_per_layer("hidden", hidden, own, lambda f: _function("hidden activation", f, HIDDEN)),
         ]
-        self.g = _function("output function", specs[-1].activation or output, OUTPUT)
-        self.biased: list[bool] = _per_layer("bias", bias, [spec.bias for spec in trained], bool)
+        self.g = _function("output function", output if specs[-1].activation is None else specs[-1].activation, OUTPUT)
+        self.biased: list[bool] = _per_layer("bias", bias, [spec.bias for spec in trained], _flag)
+        by_name: dict[str, Any] = {}
+        for f in (*self.f[1:], self.g):
+            if by_name.setdefault(f.name, f) != f:
+                raise ConfigError(f"two activations are called {f.name!r}", "give one of them another name")
         inits = _per_layer("init", init, [spec.init for spec in trained], _initializer)
         self.init = _alike(inits)
         self.rates = [0.0, *_per_layer("dropout", dropout, [spec.dropout for spec in between], _rate)]
@@ -276,7 +281,7 @@ class Network:
         other = object.__new__(Network)
         other.__dict__.update(self.__dict__)
         other.layers, other.f = list(self.layers), list(self.f)
-        other.biased, other.rates = list(self.biased), list(self.rates)
+        other.biased, other.rates, other.init = list(self.biased), list(self.rates), copy.copy(self.init)
         other.backend = backends.choose(backend)
         if precision is not None:
             other.precision, other.dtype = precision, lookup("precision", precision, PRECISIONS)
@@ -284,7 +289,7 @@ class Network:
         views = Views(host, self.layers, self.biased)
         for mine, its in zip((*self.W, *self.b), (*views.W, *views.b), strict=True):
             if mine is not None:
-                its[...] = backends.to_host(mine)
+                its[...] = _converted(backends.to_host(mine), other.dtype)
         other._place(host)
         return other
 
@@ -296,23 +301,29 @@ class Network:
 
         Raises ConfigError where the two networks differ in the shapes, the biases or the activations of those layers.
         """
-        layers = operator.index(layers)
+        if not isinstance(other, Network):
+            raise ConfigError(f"{other!r} is no network", "give the one to take layers from")
+        try:
+            layers = operator.index(layers)
+        except TypeError:
+            layers = 0
         if not 1 <= layers <= min(self.L, other.L):
             raise ConfigError(
                 f"layers to carry over: {layers}", f"give 1 to {min(self.L, other.L)}: both networks have those"
             )
         for l in range(1, layers + 1):
-            f, g = (net.f[l].name if l < net.L else net.g.name for net in (self, other))
+            f, g = (net.f[l] if l < net.L else net.g for net in (self, other))
             if self.W[l].shape != other.W[l].shape or self.biased[l - 1] != other.biased[l - 1] or f != g:
                 raise ConfigError(
                     f"layer {l} is {_layer_text(self, l)} here and {_layer_text(other, l)} there",
                     "carry over layers of one shape and activation only",
                 )
+        pairs = [(self.W[l], other.W[l]) for l in range(1, layers + 1)]
+        pairs += [(self.b[l], other.b[l]) for l in range(1, layers + 1) if self.biased[l - 1]]
+        values = [_converted(backends.to_host(its), self.dtype) for _, its in pairs]
         with self.backend.active():
-            for l in range(1, layers + 1):
-                for mine, its in ((self.W[l], other.W[l]), (self.b[l], other.b[l])):
-                    if mine is not None:
-                        mine[...] = self.backend.asarray(backends.to_host(its).astype(self.dtype))
+            for (mine, _), value in zip(pairs, values, strict=True):
+                mine[...] = self.backend.asarray(value)
 
     def __copy__(self) -> Network:
         return self.to(self.backend.name)  # a shallow copy would share theta
@@ -457,7 +468,8 @@ class Network:
         data = inputs.features(X, self.layers[0], self.dtype)
         m = len(data)
         wanted = inputs.targets(T, m, self.layers[-1], chosen.name, self.dtype)
-        weights = inputs.sample_weights(sample_weight, m, self.dtype)
+        weights = inputs.sample_weights(sample_weight, m, self.dtype, reduction)
+        draw = _draw(draw)
         be = self.backend
         with be.active(), np.errstate(all="ignore"):
             batch = Batch(self, m, gradient=True, keep_Z=keep_Z, draw=draw)
@@ -581,8 +593,37 @@ def _function(what: str, f: Any, table: dict[str, Activation]) -> Activation:
     return lookup(what, f, table)
 
 
+def _flag(value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ConfigError(f"bias is {value!r}", "give True or False")
+    return bool(value)
+
+
 def _rate(value: Any) -> float:
     return number("layer", "dropout", value, high=1.0)
+
+
+def _converted(p: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Parameters in another dtype; ConfigError where finite ones are too large for it."""
+    with np.errstate(over="ignore"):
+        converted = p.astype(dtype)
+    if (np.isinf(converted) & np.isfinite(p)).any():
+        raise ConfigError(f"parameters of the network are too large for {dtype}", "keep it in float64")
+    return converted
+
+
+def _draw(dropout: Any) -> tuple[int, int] | None:
+    """(seed, step) of the masks to use; None for none."""
+    if dropout is None:
+        return None
+    try:
+        seed, step = dropout
+        step = operator.index(step)
+    except (TypeError, ValueError):
+        step = -1
+    if not 0 <= step < 2**63:
+        raise ConfigError(f"dropout is {dropout!r}", "give (seed, step), the masks of a training step, or None")
+    return check_seed(seed), step
 
 
 def _initializer(name: Any) -> str:

@@ -136,7 +136,7 @@ def measure(task: str, g: Activation, Z: Array, T: Array, C: Array, w: Array | N
     See `Network.task` for what is right.
     """
     if w is not None:
-        C = np.multiply(w, C, out=scratch("weighted", C.shape, np.float64))
+        C = np.multiply(w, C, out=scratch("weighted", C.shape, np.float64), dtype=np.float64)
     out[0] = np.add.reduce(C, dtype=np.float64)
     if task == "labels":
         scores = Z
@@ -169,8 +169,10 @@ def update(
         return False
     # A step is about lr, or lr times the gradient, and slots hold squares of gradients: only huge ones leave the finite
     # numbers, or a decay that grows.
-    huge = max(lr, 1.0) * (1 + math.sqrt(norm2)) > HUGE_STEP or rule.weight_decay > HUGE_STEP
-    risky = huge or lr * rule.weight_decay >= 1
+    reach = 1 + math.sqrt(norm2)
+    if rule.weight_decay:
+        reach += rule.weight_decay * math.sqrt(float(np.dot(theta, theta)))
+    risky = max(lr, 1.0) * reach > HUGE_STEP or lr * rule.weight_decay >= 1
     before = [v.copy() for v in (theta, *slots)] if risky else []
     c = rule.coefficients(lr, t)
     for i in range(0, theta.size, BLOCK):

@@ -19,7 +19,8 @@ class Regularization:
         g <- g cut to -clip_value..clip_value        each element
         g <- g min(1, clip_norm / ||g||)             the whole gradient (Pascanu et al., 2013)
 
-    in this order. sign(0) = 0. For decay apart from the gradient see `optimizers.AdamW` and `optimizers.Lion`.
+    in this order. sign(0) = 0. A gradient that is not finite, or whose squared norm is not, is not made so by clipping:
+    a NaN is left in it. For decay apart from the gradient see `optimizers.AdamW` and `optimizers.Lion`.
 
     Raises ConfigError for penalties that are not finite numbers from 0, and limits that are not above 0.
     """
@@ -62,9 +63,13 @@ class Regularization:
                 xp.add(s, sign, out=s)
             xp.multiply(s, is_weight, out=s)
             xp.add(g, s, out=g)
+        if not (self.clip_value or self.clip_norm):
+            return
+        norm2 = xp.dot(g, g)
         if self.clip_value:
             xp.minimum(g, self.clip_value, out=g)
             xp.maximum(g, -self.clip_value, out=g)
         if self.clip_norm:
             length = xp.sqrt(xp.dot(g, g))
             xp.multiply(g, self.clip_norm / xp.maximum(length, self.clip_norm), out=g)
+        g[:1] += norm2 - norm2  # 0, or NaN: what clipping would hide is for `update` to see

@@ -50,8 +50,20 @@ class Ending:
         """Whether the time is over."""
         return self._deadline is not None and time.perf_counter() > self._deadline
 
-    def reason(self, epoch: int, callback: bool, gradient_norm: float | None, cost: float | None, late: bool) -> str:
-        """Why the run ends after this epoch; empty where it goes on. `cost`: of validation, after the epoch."""
+    def reason(
+        self,
+        epoch: int,
+        callback: bool,
+        gradient_norm: float | None,
+        cost: float | None,
+        late: bool,
+        moving: bool,
+    ) -> str:
+        """Why the run ends after this epoch; empty where it goes on.
+
+        `cost`: of validation, after the epoch. `moving`: whether any learning rate in the epoch was above 0; where none
+        was, to stand still means nothing.
+        """
         self._last_epoch = epoch
         if self.patience is not None and cost is not None and cost < self._best_cost:
             self._best_cost, self._best_epoch, self._best = cost, epoch, self.net.theta.copy()
@@ -59,7 +71,7 @@ class Ending:
             return "callback"
         if self.gradient_tolerance is not None and (gradient_norm or 0.0) <= self.gradient_tolerance:
             return "gradient"
-        if self.parameter_tolerance is not None and self._moved() <= self.parameter_tolerance:
+        if moving and self.parameter_tolerance is not None and self._moved() <= self.parameter_tolerance:
             return "still"
         if self.patience is not None and epoch - self._best_epoch >= self.patience:
             return "patience"
@@ -84,7 +96,10 @@ def positive(name: str, value: Any) -> int:
     except TypeError:
         count = 0
     if count < 1:
-        raise ConfigError(f"{name} is {value!r}", "give an integer, 1 or more")
+        raise ConfigError(
+            f"{name} is {value!r}",
+            'give an integer, 1 or more, or "full"' if name == "batch_size" else "give an integer, 1 or more",
+        )
     return count
 
 

@@ -149,11 +149,12 @@ def train(
 
     The cost of a batch is sum w_i C_i / sum w_i over its samples, or sum w_i C_i with `reduction` "sum"; w_i is
     `sample_weight` (m,) times the weight of the sample's class (`class_weight`: "balanced", a mapping from label, or
-    K numbers), 1 where neither is given. `l1`, `l2`, `clip_norm`, `clip_value`: see `Regularization`;
-    `label_smoothing`: see `Cost.smoothed`; none of them counts in the costs of validation.
+    K numbers; see `inputs.class_weights`), 1 where neither is given. `l1`, `l2`, `clip_norm`, `clip_value`: see
+    `Regularization`; `label_smoothing`: see `Cost.smoothed`; none of them counts in the costs of validation.
     The first `frozen` layers keep their parameters (source 5, "Neural Networks": pre-processing layers).
 
-    `validation`: (X, T), or the share of the samples to split off at random, drawn from the seed. The run ends after
+    `validation`: (X, T), each sample of which counts the same, or the share of the samples to split off at random,
+    drawn from the seed, which keep their weights. The run ends after
     `epochs`, or after an epoch
     - at which the norm of the whole gradient, over all the training data, is at most `gradient_tolerance` (source 4),
     - in which no parameter has moved by more than `parameter_tolerance`; 0 is while(theta^(i+1) != theta^i) (source 3),
@@ -178,17 +179,17 @@ def train(
     if patience is not None and validation is None:
         raise ConfigError("patience without validation data", "pass validation=(X, T), or a fraction to split off")
     ending = Ending(net, patience, gradient_tolerance, parameter_tolerance, time_limit)
-    samples, held_out = _samples(net, X, T, chosen, sample_weight, class_weight), None
+    samples, held_out = _samples(net, X, T, chosen, reduction, sample_weight, class_weight), None
     if isinstance(validation, (int, float, np.number)) and not isinstance(validation, bool):
         share = number("train", "validation", validation, high=1.0, low_open=True)
         stay, held = split_off(len(samples), share, seed)
         samples, held_out = samples.take(stay), samples.take(held)
-        for part in (samples, held_out):
-            inputs.sample_weights(part.weights, len(part), net.dtype)
+        for part, what in ((samples, "the weights left to train with"), (held_out, "the weights split off")):
+            inputs.sample_weights(part.weights, len(part), net.dtype, what=what)
     elif validation is not None:
-        held_out = _samples(net, *_pair(validation), chosen)
+        held_out = _samples(net, *_pair(validation), chosen, reduction)
     n = len(samples)
-    batch_size = n if batch_size == "full" else positive("batch_size", batch_size)
+    batch_size = n if isinstance(batch_size, str) and batch_size == "full" else positive("batch_size", batch_size)
     if batch_size > n:
         if batch_size != BATCH_SIZE:
             warnings.warn(f"batch_size {batch_size} is more than the {n} samples: each batch holds all", stacklevel=2)
@@ -205,7 +206,6 @@ def train(
         problem = Problem(net, smoothed, samples.on(be.asarray), reduction, regularization, frozen)
         executor = Eager(problem, rule, batch_size, seed)
         held_out = None if held_out is None else held_out.on(be.asarray)
-        net.criterion, net.task = chosen, _task(net, samples.T)
         measured = be.zeros(2 * steps, np.dtype(np.float64)).reshape(steps, 2)
         for run.epoch in range(1, epochs + 1):
             start = time.perf_counter()
@@ -214,14 +214,16 @@ def train(
             watched: Any = history.train_cost if held_out is None else history.validation_cost
             scheduled = during(factor, watched)
             ending.begin_epoch()
-            late = False
+            late, highest_lr = False, 0.0
             for i in range(steps):
                 lr = _lr(rule.lr, scheduled, run.step, epochs * steps)
+                highest_lr = max(highest_lr, lr)
                 rows = order[ends[i] : ends[i + 1]]
                 run.whole = False
                 applied = executor.step(rows, lr, run.step + 1, measured[i])
                 if applied:
                     run.step, run.lr = run.step + 1, lr
+                    net.criterion, net.task = chosen, _task(net, samples.T)
                 run.whole = True
                 if not applied:
                     break
@@ -251,7 +253,9 @@ def train(
             for call in on_epoch:
                 _call(call, run)
             whole_steps.deliver()
-            reason = ending.reason(run.epoch, run.stop, norms and norms.whole, after and after.cost, late)
+            reason = ending.reason(
+                run.epoch, run.stop, norms and norms.whole, after and after.cost, late, highest_lr > 0
+            )
             history.stopped = reason or None
             if history.stopped:
                 break
@@ -278,7 +282,7 @@ def evaluate(
     """
     chosen = net.criterion if cost is None else choose_cost(cost, net.output)
     check_reduction(reduction)
-    samples, be = _samples(net, X, T, chosen, sample_weight), net.backend
+    samples, be = _samples(net, X, T, chosen, reduction, sample_weight), net.backend
     with be.active():
         samples = Samples(samples.X, be.asarray(samples.T), samples.weights, samples.task)  # X goes in chunks
         return _evaluate(net, samples, chosen, reduction)
@@ -352,10 +356,14 @@ def _samples(net: Network, X: Any, T: Any, cost: Cost, sample_weight: Any = None
     """What a user handed over, checked; the task is "regression" where targets under a sigmoid are not all 0 or 1."""
     data = inputs.features(X, net.layers[0], net.dtype)
     wanted = inputs.targets(T, len(data), net.layers[-1], cost.name, net.dtype)
-    weights = inputs.sample_weights(sample_weight, len(data), net.dtype)
+    weights, what = sample_weight, "sample_weight"
     if class_weight is not None:
-        by_class = inputs.class_weights(class_weight, wanted, net.layers[-1])
-        weights = inputs.sample_weights(by_class if weights is None else weights * by_class, len(data), net.dtype)
+        weights = inputs.class_weights(class_weight, wanted, net.layers[-1], net.output)
+        what = "class_weight"
+        if sample_weight is not None:
+            weights = weights * inputs.sample_weights(sample_weight, len(data), np.dtype(np.float64), reduction)
+            what = "sample_weight times class_weight"
+    weights = inputs.sample_weights(weights, len(data), net.dtype, reduction, what)
     task = _task(net, wanted)
     if task in ("binary", "multilabel") and not bool(((wanted == 0) | (wanted == 1)).all()):
         task = "regression"
@@ -387,7 +395,7 @@ def _lr(lr: float, factor: Schedule, step: int, total: int) -> float:
     """The learning rate of a step, counted from 0."""
     try:
         value = lr * float(factor(step, total))
-    except TypeError as e:
+    except (TypeError, ValueError) as e:
         raise ConfigError(
             f"the schedule {factor!r} fails: {e}", "give a function of (step, total) that returns a number"
         ) from e

@@ -6,6 +6,7 @@ import pytest
 import backprop_gpu as bp
 from backprop_gpu import dropout, numpy_ops
 from backprop_gpu.backend import to_host
+from backprop_gpu.network import Batch
 
 
 def philox_by_hand(counter, key):
@@ -132,3 +133,9 @@ def test_rates_out_of_range_are_refused():
         bp.Network([2, bp.Layer(2, dropout=0.5)], backend="numpy")
     with pytest.raises(bp.ConfigError, match="2 entries for 1 layers"):
         bp.Network([2, 3, 2], dropout=[0.1, 0.2], backend="numpy")
+
+
+def test_layers_that_drop_nothing_take_no_memory_for_masks():
+    batch = Batch(bp.Network([3, 4, 5, 2], dropout=[0.5, 0.0], backend="numpy"), 6, gradient=True, draw=(0, 1))
+    assert [mask is None for mask in batch.mask] == [True, False, True]
+    assert [F is A for F, A in zip(batch.F, batch.A, strict=True)] == [True, False, True]

@@ -165,3 +165,4 @@ def test_balanced_weights_heed_the_classes_that_are_there():
     """m / (classes there are x samples of the class): one that has no sample does not count."""
     weights = class_weights("balanced", np.array([0, 2, 0, 0]), 4)
     np.testing.assert_allclose(weights, [4 / (2 * 3), 4 / (2 * 1), 4 / (2 * 3), 4 / (2 * 3)])
+    np.testing.assert_array_equal(class_weights("balanced", np.array([1]), 2), [1])
