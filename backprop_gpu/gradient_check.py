@@ -292,7 +292,7 @@ def _cost_alone(
     """
     ops, m = net.backend.ops, len(data)
     cost, penalties, is_weight = cost.smoothed(label_smoothing), Regularization(l1, l2), net.weight_mask()
-    weights = inputs.sample_weights(sample_weight, m, net.dtype)
+    weights = inputs.sample_weights(sample_weight, m, net.dtype, reduction)
     w = np.ones(m) if weights is None else weights
     w = w / w.sum() if reduction == "mean" else w
     batch = Batch(net, m, gradient=False, draw=dropout)

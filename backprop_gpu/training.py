@@ -352,7 +352,15 @@ def _norm(g: Array) -> float:
     return largest * math.sqrt(float(((g / largest) ** 2).sum(dtype=np.float64)))
 
 
-def _samples(net: Network, X: Any, T: Any, cost: Cost, sample_weight: Any = None, class_weight: Any = None) -> Samples:
+def _samples(
+    net: Network,
+    X: Any,
+    T: Any,
+    cost: Cost,
+    reduction: str = "mean",
+    sample_weight: Any = None,
+    class_weight: Any = None,
+) -> Samples:
     """What a user handed over, checked; the task is "regression" where targets under a sigmoid are not all 0 or 1."""
     data = inputs.features(X, net.layers[0], net.dtype)
     wanted = inputs.targets(T, len(data), net.layers[-1], cost.name, net.dtype)

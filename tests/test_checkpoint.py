@@ -125,7 +125,7 @@ NAN = np.full((5, 4), np.nan, np.float32)
         ({"config": {"layers": [10**6, 10**6]}}, "do not fit into"),
         ({"config": {"layers": "many"}}, "is not a model"),
         ({"config": {"layers": [4]}}, "is not a model"),
-        ({"config": {"hidden": "evil"}}, "unknown hidden activation"),
+        ({"config": {"hidden": "evil"}}, "uses 'evil', an activation or a cost of somebody's own"),
         ({"config": {"precision": "float64"}}, "does not hold the tensors"),
         ({"config": {"bias": False}}, "does not hold the tensors"),
         ({"config": {"task": "world peace"}}, "task 'world peace'"),
@@ -151,7 +151,7 @@ NAN = np.full((5, 4), np.nan, np.float32)
             {"digests": False, "tensors": {"layer.1.bias": np.zeros(5, np.float32)}},
             "layer.1.bias is not what was saved",
         ),
-        ({"config": {"cost": "hinge"}}, "is not a model"),
+        ({"config": {"cost": "hinge"}}, "uses 'hinge', an activation or a cost of somebody's own"),
         ({"config": {"output": "identity"}}, "is not a model"),  # does not go with the cost
         ({"drop": ["layer.2.bias"]}, "does not hold the tensors"),
         ({"tensors": {"layer.3.bias": np.zeros(3, np.float32)}}, "does not hold the tensors"),

@@ -125,6 +125,13 @@ def test_training_drops_by_its_seed_and_step(backend, rng):
     np.testing.assert_allclose(to_host(net.theta), hand.theta, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("draw", [0.5, 3, (-1, 1), (0, -1), (0, "a"), (0, 1, 2), (2**64, 1)], ids=repr)
+def test_what_is_no_seed_and_step_is_refused(draw):
+    for rate in (0.0, 0.5):
+        with pytest.raises(bp.ConfigError):
+            bp.Network([2, 3, 2], dropout=rate, backend="numpy").gradients(np.zeros((2, 2)), [0, 1], dropout=draw)
+
+
 def test_rates_out_of_range_are_refused():
     for rate in (1, -0.1, float("nan"), "half", None):
         with pytest.raises(bp.ConfigError, match="dropout"):

@@ -72,6 +72,10 @@ def test_a_seed_means_one_network_whatever_the_way_to_say_it():
     [
         ([2, 3, 2], {"hidden": ["relu", "tanh"]}, "hidden has 2 entries for 1 layers"),
         ([2, 3, 2], {"bias": [True]}, "bias has 1 entries for 2 layers"),
+        ([2, 3, 2], {"bias": "no"}, "bias is 'no'"),
+        ([2, 3, 2], {"bias": [True, 2]}, "bias is 2"),
+        ([2, 3, 2], {"bias": None}, "bias is None"),
+        ([2, bp.Layer(3, ""), 2], {}, "unknown hidden activation ''"),
         ([2, 3, 2], {"hidden": ["rellu"]}, "unknown hidden activation 'rellu'"),
         ([2, 3, 2], {"hidden": ["softmax"]}, "no hidden activation"),
         ([2, 3, 2], {"init": ["he", "xavier"]}, "unknown initialiser 'xavier'"),
@@ -196,6 +200,24 @@ def test_frozen_layers_keep_every_bit_and_the_others_learn_as_they_would(backend
 def test_not_every_layer_can_be_frozen(frozen):
     with pytest.raises(bp.ConfigError, match="frozen"):
         bp.train(bp.Network([2, 3, 2], backend="numpy"), np.zeros((3, 2)), [0, 1, 0], frozen=frozen)
+
+
+@pytest.mark.parametrize(("other", "layers"), [(None, 1), ("net", 1), (bp.Network([2, 3, 2], backend="numpy"), "1")])
+def test_what_cannot_be_carried_over_is_told(other, layers):
+    with pytest.raises(bp.ConfigError):
+        bp.Network([2, 3, 2], backend="numpy").carry_over(other, layers)
+
+
+def test_parameters_too_large_for_another_precision_are_told(backend):
+    net = bp.Network([2, 2], precision="float64", backend=backend.name)
+    net.W[1][...] = 1e300
+    with pytest.raises(bp.ConfigError, match="too large for float32"):
+        net.to("numpy", precision="float32")
+    single = bp.Network([2, 2], backend=backend.name)
+    before = to_host(single.theta).copy()
+    with pytest.raises(bp.ConfigError, match="too large for float32"):
+        single.carry_over(net, 1)
+    np.testing.assert_array_equal(to_host(single.theta), before)
 
 
 # ---------------------------------------------------------------------------------------------------- saved

@@ -4,7 +4,7 @@ import formulas
 import numpy as np
 import pytest
 
-from backprop_gpu import SGD, AdaGrad, Adam, AdamW, numpy_ops
+from backprop_gpu import SGD, AdaGrad, Adam, AdamW, RMSProp, numpy_ops
 from backprop_gpu.activations import HIDDEN, IDENTITY, OUTPUT
 from backprop_gpu.backend import to_host
 from backprop_gpu.costs import COSTS
@@ -212,6 +212,20 @@ def test_update_undoes_a_step_that_leaves_the_finite_numbers(backend, rng, rule,
     assert int(diverged[0]) == 7
     for kept, old in zip((d_theta, *d_slots), (theta, *slots), strict=True):
         np.testing.assert_array_equal(to_host(kept), old)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [RMSProp(1e-3, weight_decay=1e-4, centered=True), SGD(1e-12, weight_decay=1e11), Adam(1e-3, weight_decay=1.0)],
+)
+def test_update_undoes_a_step_of_a_decay_of_huge_weights(backend, rule):
+    theta, g, *slots = (np.full(100, x, np.float32) for x in (1e30, 1e-3, *[0.0] * rule.slots))
+    d_theta, d_g, measured, *d_slots = device(backend, theta, g, np.zeros(2), *slots)
+    diverged = backend.xp.zeros(1, np.int64)
+    with np.errstate(all="ignore"):
+        backend.ops.update(rule, d_theta, d_g, tuple(d_slots), rule.lr, 7, measured, diverged)
+    assert int(diverged[0]) == 7
+    np.testing.assert_array_equal(to_host(d_theta), theta)
 
 
 def test_update_undoes_a_step_after_which_a_slot_is_infinite(backend):

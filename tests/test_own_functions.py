@@ -61,9 +61,9 @@ def test_a_file_keeps_their_names_and_wants_them_back(tmp_path, rng):
     back = bp.load(tmp_path / "m", backend="numpy", own=[softsign, own_tanh, log_cosh])
     np.testing.assert_array_equal(back.forward(X), net.forward(X))
     assert bp.evaluate(back, X, T) == bp.evaluate(net, X, T)
-    with pytest.raises(bp.CheckpointError, match="unknown hidden activation 'softsign'"):
+    with pytest.raises(bp.CheckpointError, match="uses 'softsign', an activation or a cost of somebody's own"):
         bp.load(tmp_path / "m", backend="numpy", own=[own_tanh, log_cosh])
-    with pytest.raises(bp.CheckpointError, match="unknown cost 'log_cosh'"):
+    with pytest.raises(bp.CheckpointError, match="uses 'log_cosh', an activation or a cost of somebody's own"):
         bp.load(tmp_path / "m", backend="numpy", own=[softsign, own_tanh])
 
 
@@ -77,6 +77,49 @@ def test_results_of_another_shape_are_told():
         bp.Network([3, 2], output="identity", backend="numpy").gradients(X, T, averaged)
     constant = bp.Activation.of("constant", lambda xp, Z: 1.0, lambda xp, Z: 0.0)  # one number will do
     assert bp.Network([3, 5, 2], constant, "identity", bias=False, backend="numpy").forward(X).shape == (4, 2)
+
+
+@pytest.mark.parametrize(
+    "own", [None, softsign, [softsign, "log_cosh"], [softsign, bp.Activation.of("softsign", abs, abs)]], ids=repr
+)
+def test_own_functions_are_a_list_each_of_its_own_name(own, tmp_path):
+    bp.save(bp.Network([3, 4, 2], softsign, backend="numpy"), tmp_path / "m")
+    with pytest.raises(bp.ConfigError, match="own"):
+        bp.load(tmp_path / "m", backend="numpy", own=own)
+
+
+def test_two_functions_of_one_name_are_not_mixed_up():
+    other = bp.Activation.of("softsign", lambda xp, Z: Z * Z, lambda xp, Z: 2 * Z)
+    with pytest.raises(bp.ConfigError, match="two activations are called 'softsign'"):
+        bp.Network([3, bp.Layer(4, softsign), bp.Layer(4, other), 2], backend="numpy")
+    nets = [bp.Network([3, 4, 2], f, backend="numpy") for f in (softsign, other)]
+    with pytest.raises(bp.ConfigError, match="layer 1"):
+        nets[0].carry_over(nets[1], 1)
+
+
+@pytest.mark.parametrize(
+    "result", [lambda Z: "abc", lambda Z: None, lambda Z: Z.tolist(), lambda Z: Z * 1j, lambda Z: Z > 0]
+)
+def test_results_that_are_no_real_numbers_are_told(result):
+    f = bp.Activation.of("f", lambda xp, Z: result(Z), lambda xp, Z: Z)
+    net = bp.Network([3, 4, 2], f, backend="numpy")
+    if result(np.ones(1)) is not None and getattr(result(np.ones(1)), "dtype", None) == bool:
+        net.forward(np.ones((2, 3)))  # a step function is a function
+        return
+    with pytest.raises(bp.ConfigError, match="the value of f"):
+        net.forward(np.ones((2, 3)))
+
+
+def test_a_cost_is_one_number_a_sample():
+    mean = bp.Cost.of("whole", lambda xp, Y, T: ((Y - T) ** 2).mean(), lambda xp, Y, T: 2 * (Y - T))
+    with pytest.raises(bp.ConfigError, match="the value of whole has shape"):
+        bp.Network([3, 2], output="identity", backend="numpy").gradients(np.ones((4, 3)), np.ones((4, 2)), mean)
+
+
+@pytest.mark.parametrize("make", [bp.Activation.of, bp.Cost.of])
+def test_parts_that_are_no_functions(make):
+    with pytest.raises(bp.ConfigError, match="is no function"):
+        make("f", 3, lambda xp, *a: a[0])
 
 
 @pytest.mark.parametrize("make", [bp.Activation.of, bp.Cost.of])

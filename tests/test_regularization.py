@@ -141,3 +141,26 @@ def test_nonsense_is_refused(settings):
     with pytest.raises(bp.ConfigError) as caught:
         bp.train(bp.Network([2, 2], backend="numpy"), np.zeros((3, 2)), [0, 1, 0], **settings)
     assert next(iter(set(settings) - {"cost"})) in caught.value.cause
+
+
+@pytest.mark.parametrize("settings", [{"clip_norm": 1.0}, {"clip_value": 1.0}, {"clip_norm": 1.0, "clip_value": 1.0}])
+@pytest.mark.parametrize("x", [2e19, 1e25])
+def test_clipping_does_not_hide_a_gradient_that_is_not_finite(backend, settings, x):
+    """2e19 has a square that is infinite in float32; behind a weight of 1e25 the second gradient is infinite itself."""
+    net = bp.Network([1, 1, 1], "identity", "identity", bias=False, backend=backend.name)
+    net.W[1][...], net.W[2][...] = 1e-25, (1.0 if x == 2e19 else 1e25)
+    before = to_host(net.theta).copy()
+    with pytest.raises(bp.DivergenceError):
+        bp.train(net, np.full((4, 1), x, np.float32), np.zeros((4, 1)), cost="mae", optimizer=bp.SGD(1e-30), **settings)
+    np.testing.assert_array_equal(to_host(net.theta), before)
+
+
+def test_a_smoothed_cost_stays_smoothed(rng):
+    from backprop_gpu.costs import COSTS
+
+    X, T = rng.normal(size=(6, 3)), rng.integers(0, 4, 6)
+    net, smoothed = bp.Network([3, 4], precision="float64", backend="numpy"), COSTS["cross_entropy"].smoothed(0.3)
+    wanted = net.gradients(X, T, label_smoothing=0.3)["cost"]
+    assert net.gradients(X, T, smoothed)["cost"] == wanted
+    assert bp.evaluate(net, X, T, smoothed).cost == pytest.approx(wanted, rel=1e-14)
+    assert bp.train(net, X, T, smoothed, epochs=1).train_cost[0] == pytest.approx(wanted, rel=1e-14)

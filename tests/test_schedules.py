@@ -317,3 +317,10 @@ def test_nonsense_is_refused(make, cause):
         make()
     assert cause in e.value.cause
     assert e.value.cure
+
+
+def test_the_default_threshold_of_plateau():
+    """A fall of less than one part in ten thousand is none."""
+    costs = [1.0, 1 - 0.9e-4, 1 - 0.95e-4]
+    assert ReduceOnPlateau(patience=1).during(costs)(0, 1) < 1
+    assert ReduceOnPlateau(patience=1).during([1.0, 1 - 1.1e-4, 1 - 2.3e-4])(0, 1) == 1

@@ -71,6 +71,12 @@ def test_parameters_that_stand_still_end_it(backend, line):
     assert 0 < np.abs(to_host(looser.theta) - before).max() <= 1e-3
 
 
+@pytest.mark.parametrize("schedule", ["warmup:steps=3", "one_cycle:start=0"])
+def test_an_epoch_without_a_learning_rate_does_not_stand_still(line, schedule):
+    settings = {"optimizer": bp.SGD(0.1), "batch_size": "full", "epochs": 20, "schedule": schedule}
+    assert bp.train(linear(), *line, parameter_tolerance=0, **settings).stopped == "epochs"
+
+
 class Thetas:
     def __init__(self):
         self.seen = []

@@ -511,6 +511,9 @@ def test_threads_train_their_own_networks(blobs):
         ({"callbacks": [5]}, bp.ConfigError),
         ({"optimizer": bp.Adam(eps=1e-45)}, bp.ConfigError),
         ({"validation": 3}, bp.ConfigError),
+        ({"batch_size": np.array([8, 9])}, bp.ConfigError),
+        ({"schedule": lambda step, total: "abc"}, bp.ConfigError),
+        ({"save": 3}, bp.CheckpointError),
         ({"validation": (np.ones((2, 5)), [0, 1])}, bp.DataError),
         ({"save": "no/such/directory/x.safetensors"}, bp.CheckpointError),
         ({"save": "/"}, bp.CheckpointError),
@@ -523,6 +526,7 @@ def test_nonsense_is_refused_before_anything_moves(blobs, settings, error):
     with pytest.raises(error):
         bp.train(net, X, T, **settings)
     np.testing.assert_array_equal(net.theta, before)
+    assert (net.cost, net.task) == ("cross_entropy", "labels")
 
 
 def test_the_executor_measures_before_it_updates(blobs):

@@ -134,7 +134,9 @@ def test_weights_are_split_with_their_samples(rng):
         ({"sample_weight": [1, -1, 1]}, "at row 1"),
         ({"sample_weight": [1, 1, np.nan]}, "at row 2"),
         ({"sample_weight": [1, np.inf, 1]}, "at row 1"),
-        ({"sample_weight": [1, 1e39, 1]}, "too large for float32 at row 1"),
+        ({"sample_weight": [1, 1e39, 1], "reduction": "sum"}, "too large for float32 at row 1"),
+        ({"sample_weight": [1e-50] * 3, "reduction": "sum"}, "all of sample_weight is 0"),
+        ({"sample_weight": [1, 0, 0], "validation": 0.34, "seed": 3}, "all of the weights"),
         ({"sample_weight": [0, 0, 0]}, "all of sample_weight is 0"),
         ({"sample_weight": ["a", "b", "c"]}, "dtype"),
         ({"class_weight": "fair"}, "'fair'"),
@@ -142,14 +144,14 @@ def test_weights_are_split_with_their_samples(rng):
         ({"class_weight": {0: -1.0}}, "-1.0"),
         ({"class_weight": {"0": 1.0}}, "label '0'"),
         ({"class_weight": [1.0]}, "[1.0]"),
-        ({"class_weight": {0: 0, 1: 0}}, "all of sample_weight is 0"),
+        ({"class_weight": {0: 0, 1: 0}}, "all of class_weight is 0"),
     ],
     ids=repr,
 )
 def test_bad_weights_are_refused_before_anything_moves(settings, words):
     net = bp.Network([2, 2], backend="numpy")
     before = net.theta.copy()
-    with pytest.raises(bp.DataError) as caught:
+    with pytest.raises((bp.DataError, bp.ConfigError)) as caught:
         bp.train(net, np.zeros((3, 2)), [0, 1, 0], **settings)
     assert words in caught.value.cause
     np.testing.assert_array_equal(net.theta, before)
@@ -163,6 +165,31 @@ def test_an_unknown_reduction_is_refused():
 
 def test_balanced_weights_heed_the_classes_that_are_there():
     """m / (classes there are x samples of the class): one that has no sample does not count."""
-    weights = class_weights("balanced", np.array([0, 2, 0, 0]), 4)
+    weights = class_weights("balanced", np.array([0, 2, 0, 0]), 4, "softmax")
     np.testing.assert_allclose(weights, [4 / (2 * 3), 4 / (2 * 1), 4 / (2 * 3), 4 / (2 * 3)])
-    np.testing.assert_array_equal(class_weights("balanced", np.array([1]), 2), [1])
+    np.testing.assert_array_equal(class_weights("balanced", np.array([1]), 2, "softmax"), [1])
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-30, 3e37, 1e300])
+def test_the_mean_knows_no_scale_of_the_weights(backend, problem, scale):
+    """In float32, whose range the weights and their sum may leave."""
+    X, T, w = problem
+    nets = [bp.Network([3, 4, 3], seed=1, backend=backend.name) for _ in range(2)]
+    histories = [
+        bp.train(net, X, T, optimizer=bp.SGD(0.2), epochs=2, sample_weight=by, validation=0.3)
+        for net, by in zip(nets, (w + 1, scale * (w + 1)), strict=True)
+    ]
+    np.testing.assert_allclose(to_host(nets[1].theta), to_host(nets[0].theta), rtol=1e-5)
+    np.testing.assert_allclose(histories[1].train_cost, histories[0].train_cost, rtol=1e-6)
+    np.testing.assert_allclose(histories[1].validation_cost, histories[0].validation_cost, rtol=1e-6)
+    costs = [net.gradients(X, T, sample_weight=scale * (w + 1))["cost"] for net in nets]
+    np.testing.assert_allclose(costs[0], bp.evaluate(nets[0], X, T, sample_weight=w + 1).cost, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("output", "T"), [("sigmoid", np.eye(3)), ("identity", np.eye(3)), ("softmax", None)])
+def test_class_weights_want_classes(output, T):
+    if T is None:  # rows of probabilities have a largest entry
+        bp.train(bp.Network([2, 3], backend="numpy"), np.zeros((3, 2)), np.eye(3), epochs=1, class_weight=[1, 2, 3])
+        return
+    with pytest.raises(bp.ConfigError, match="class_weight without classes"):
+        bp.train(bp.Network([2, 3], output=output, backend="numpy"), np.zeros((3, 2)), T, class_weight=[1, 2, 3])
