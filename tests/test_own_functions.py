@@ -97,17 +97,11 @@ def test_two_functions_of_one_name_are_not_mixed_up():
         nets[0].carry_over(nets[1], 1)
 
 
-@pytest.mark.parametrize(
-    "result", [lambda Z: "abc", lambda Z: None, lambda Z: Z.tolist(), lambda Z: Z * 1j, lambda Z: Z > 0]
-)
+@pytest.mark.parametrize("result", [lambda Z: "abc", lambda Z: None, lambda Z: Z.tolist(), lambda Z: Z * 1j])
 def test_results_that_are_no_real_numbers_are_told(result):
     f = bp.Activation.of("f", lambda xp, Z: result(Z), lambda xp, Z: Z)
-    net = bp.Network([3, 4, 2], f, backend="numpy")
-    if result(np.ones(1)) is not None and getattr(result(np.ones(1)), "dtype", None) == bool:
-        net.forward(np.ones((2, 3)))  # a step function is a function
-        return
     with pytest.raises(bp.ConfigError, match="the value of f"):
-        net.forward(np.ones((2, 3)))
+        bp.Network([3, 4, 2], f, backend="numpy").forward(np.ones((2, 3)))
 
 
 def test_a_cost_is_one_number_a_sample():
