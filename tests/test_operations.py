@@ -217,6 +217,7 @@ def test_update_undoes_a_step_that_leaves_the_finite_numbers(backend, rng, rule,
 @pytest.mark.parametrize(
     "rule",
     [RMSProp(1e-3, weight_decay=1e-4, centered=True), SGD(1e-12, weight_decay=1e11), Adam(1e-3, weight_decay=1.0)],
+    ids=repr,
 )
 def test_update_undoes_a_step_of_a_decay_of_huge_weights(backend, rule):
     theta, g, *slots = (np.full(100, x, np.float32) for x in (1e30, 1e-3, *[0.0] * rule.slots))
