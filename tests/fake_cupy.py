@@ -2,7 +2,7 @@
 
 Device arrays refuse to mix with NumPy arrays or to turn into them by accident, as CuPy's do; every crossing of the bus
 is counted. `RawKernel` compiles nothing: it knows the probe kernel alone. What it proves is that the CuPy backend's own
-Python is sound: names, arguments, dtypes, where each array lives. The tests that run on it run on a real GPU too, where there is one.
+Python is sound: names, arguments, dtypes, where each array lives. Where there is a GPU, the same tests run on it too.
 """
 
 import contextlib
