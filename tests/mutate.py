@@ -152,6 +152,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("cuda_ops", "g.value(cp, Z, A, _like(Z, 3))"): "one more scratch array than is used",
     ("cuda_ops", "D, *s = _like(out, 4)"): "one more scratch array than is used",
     ("stopping", "return self._deadline is not None and time.perf_counter() >= self._deadline"): "one tick of a clock",
+    ("optimizers", "while at < t and M > 1.1e-20:"): "how small a product counts as none",
     ("optimizers", "weight_decay = 0.0"): "every rule has a field of that name",
     ("optimizers", "xp.subtract(a, k, out=a)"): "-a for a, and a is only squared",
     ("optimizers", '"sgd": (0.33, SGD),'): "a recommendation, no formula",
