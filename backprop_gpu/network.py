@@ -478,10 +478,9 @@ class Network:
             wanted = be.asarray(wanted)
             w: Any = 1.0 / m if reduction == "mean" else 1.0
             if weights is not None:
-                w = be.asarray(weights)
+                w = be.xp.array(be.asarray(weights))
                 if reduction == "mean":
-                    w = be.xp.empty_like(w)
-                    be.ops.share(be.asarray(weights), w)
+                    be.ops.share(w, w)
             be.ops.gather(be.asarray(data), slice(0, m), batch.A[0])
             forward(be.ops, self, batch)
             page: dict[str, Any] = {}

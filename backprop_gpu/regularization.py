@@ -19,8 +19,8 @@ class Regularization:
         g <- g cut to -clip_value..clip_value        each element
         g <- g min(1, clip_norm / ||g||)             the whole gradient (Pascanu et al., 2013)
 
-    in this order. sign(0) = 0. A gradient that is not finite, or whose squared norm is not, is not made so by clipping:
-    a NaN is left in it. For decay apart from the gradient see `optimizers.AdamW` and `optimizers.Lion`.
+    in this order. sign(0) = 0. Clipping does not hide a gradient that is not finite, or whose squared norm is not: it
+    leaves a NaN in it. For decay apart from the gradient see `optimizers.AdamW` and `optimizers.Lion`.
 
     Raises ConfigError for penalties that are not finite numbers from 0, and limits that are not above 0.
     """

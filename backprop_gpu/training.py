@@ -203,6 +203,7 @@ def train(
     on_step, on_epoch = _hooks(callbacks)
     with _saved_if_stopped(run, save), _alone(net), be.active(), _WholeSteps() as whole_steps:
         weights = samples.weights  # they stay on the host, where orders are drawn
+        learned = _task(net, samples.T)
         problem = Problem(net, smoothed, samples.on(be.asarray), reduction, regularization, frozen)
         executor = Eager(problem, rule, batch_size, seed)
         held_out = None if held_out is None else held_out.on(be.asarray)
@@ -223,7 +224,7 @@ def train(
                 applied = executor.step(rows, lr, run.step + 1, measured[i])
                 if applied:
                     run.step, run.lr = run.step + 1, lr
-                    net.criterion, net.task = chosen, _task(net, samples.T)
+                    net.criterion, net.task = chosen, learned
                 run.whole = True
                 if not applied:
                     break

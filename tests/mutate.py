@@ -50,7 +50,7 @@ SCOPE = {
     "numpy_ops": "* module",
     "cuda_ops": "*",
     "executors": "Eager.*",
-    "training": "train _evaluate _whole _gradient_norms _norm _Best.* _lr",
+    "training": "train _evaluate _whole _gradient_norms _norm _lr",
     "stopping": "*",
     "inputs": "sample_weights class_weights",
     "optimizers": "* module",
