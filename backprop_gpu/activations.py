@@ -27,6 +27,8 @@ class Activation(NamedTuple):
     """One activation function.
 
     `derivative` is None where f' = 1 everywhere. `increasing`: strictly, so that the largest z is the largest a.
+    `cuda`: value and derivative of one's own function as the CUDA kernels get them; kernels/activations.cuh has those of
+    the table below.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Activation(NamedTuple):
     derivative_from: str = "A"
     elementwise: bool = True
     increasing: bool = True
+    cuda: tuple[str, str] | None = None
 
     @classmethod
     def of(
@@ -44,6 +47,7 @@ class Activation(NamedTuple):
         derivative: Callable[[Any, Array], Array],
         derivative_from: str = "Z",
         increasing: bool = False,
+        cuda: tuple[str, str] | None = None,
     ) -> Activation:
         """An activation of one's own, elementwise, from plain array code.
 
@@ -51,9 +55,18 @@ class Activation(NamedTuple):
         `derivative_from` is "A"; arrays of one shape (m, N_l), in the network's dtype, of the array module xp (numpy or
         cupy). `increasing`: whether f is so strictly. `name` is what model files and messages call it.
 
-        ConfigError for a name that is taken or no identifier, and, when it is used, for results of another shape.
+        `cuda`: the same two as CUDA C++ expressions, of `z`, and of `z` or `a`, of type `real` (float or double; write
+        a constant as real(0.5)): on a GPU they take the place of the array code, fused into the kernels.
+
+        ConfigError for a name that is taken or no identifier, for a `cuda` that is not two texts, and, when it is used,
+        for results of another shape and expressions that do not compile.
         """
         check_own("activation", name, OUTPUT, value, derivative)
+        if cuda is not None:
+            pair = isinstance(cuda, (tuple, list)) and len(cuda) == 2
+            if not (pair and all(isinstance(text, str) and text.strip() for text in cuda)):
+                raise ConfigError(f"cuda is {cuda!r}", "give two expressions, such as ('tanh(z)', '1 - a * a')")
+            cuda = cuda[0], cuda[1]
         if derivative_from not in ("A", "Z"):
             raise ConfigError(f"derivative_from is {derivative_from!r}", "give 'A' or 'Z'")
         return cls(
@@ -62,6 +75,7 @@ class Activation(NamedTuple):
             lambda xp, K, D, s: fill(D, derivative(xp, K), f"the derivative of {name}"),
             derivative_from,
             increasing=increasing,
+            cuda=cuda,
         )
 
 

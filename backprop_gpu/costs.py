@@ -28,7 +28,7 @@ class Cost(NamedTuple):
 
     `from_Z(ops, Z, T, Delta, C, s, smoothing)` writes C_i and dC_i/dZ of the canonical pair. A cost that is legal with
     any output has `from_Y(ops, Y, T, G, C, s)` instead, which writes C_i and G = dC_i/dY. `s` is scratch of the shape
-    of Z. `smoothing` is the label smoothing of a training run: see `smoothed`.
+    of Z. `smoothing` is the label smoothing of a training run: see `smoothed`. `parameter` is Huber's delta.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Cost(NamedTuple):
     from_Z: Callable[[Any, Array, Array, Array, Array, Array, float], None] | None = None
     from_Y: Callable[[Any, Array, Array, Array, Array, Array], None] | None = None
     smoothing: float = 0.0
+    parameter: float = 0.0
 
     @classmethod
     def of(
@@ -216,7 +217,12 @@ def mae(ops: Any, Y: Array, T: Array, G: Array, C: Array, s: Array) -> None:
 
 def _huber(delta: float = 1.0) -> Cost:
     delta = specs.number("huber", "delta", delta, low_open=True)
-    return Cost("huber" if delta == 1 else f"huber:delta={delta!r}", None, from_Y=functools.partial(huber, delta))
+    return Cost(
+        "huber" if delta == 1 else f"huber:delta={delta!r}",
+        None,
+        from_Y=functools.partial(huber, delta),
+        parameter=delta,
+    )
 
 
 # By name: what makes the cost; its arguments are the settings of "huber:delta=0.5".

@@ -1,104 +1,279 @@
 """The engine's instruction set on CuPy: `numpy_ops`, name for name and argument for argument, on device arrays.
 
-Plain CuPy lines, each one or a few launches; they stand until a CUDA kernel of `kernels/` takes the place of each.
-Nothing here waits for the device or copies to or from the host.
+Matrix products are cuBLAS's, through `cupy.matmul`; everything else is a kernel of `kernels/`, compiled when it is
+first needed. Nothing here waits for the device or copies to or from it but `step_rows`, which is called once an epoch,
+and after the first step nothing is allocated: scratch memory is kept, one set a thread and device. Functions of one's
+own that come without CUDA expressions run as plain CuPy lines, which allocate.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
-from typing import Any
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import cupy as cp
 import cupy as xp  # the array module, under the name that code for both backends uses
 import numpy as np
 
-from . import costs, dropout
-from .activations import Activation, Array
-from .costs import Cost
-from .optimizers import Optimizer, Slots
+from . import costs, cuda_source, dropout
+from .activations import IDENTITY, OUTPUT, Activation, Array
+from .costs import MAKERS, Cost
+from .errors import ConfigError
+from .optimizers import SGD, AdaDelta, AdaGrad, Adam, AdamW, Lion, NAdam, Optimizer, RMSProp, Slots
+from .regularization import Regularization
 
 __all__ = [
-    "affine", "affine_activate", "counting", "dot_targets", "drop", "gather", "gradients", "hidden_delta", "measure",
-    "output", "output_delta", "scratch", "share", "subtract_targets", "update", "xp",
+    "affine", "affine_activate", "counting", "dot_targets", "drop", "gather", "hidden_delta", "measure", "output",
+    "output_delta", "regularize", "scratch", "share", "step_rows", "subtract_targets", "update", "weight_gradient",
+    "xp",
 ]  # fmt: skip
+
+OPTIONS = ("--std=c++17",)  # one tuple for all: each other one would cost a run of the compiler of its own
+THREADS = 256  # a block
+MOST_BLOCKS = 1024  # of elementwise kernels, which walk on in strides of the grid; several for each multiprocessor
+MOST_PARTS = 256  # of a sum over a flat vector
+CHUNK = 256  # rows that a block sums before it pays to share them out
+LONG_ROW = 1024  # columns from which a block works on a row, not a warp
+
+# ---------------------------------------------------------------------------------------------- memory and launches
+
+_thread = threading.local()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
-    """An uninitialised array from CuPy's memory pool."""
-    return cp.empty(shape, dtype)
+    """An uninitialised array that the next call with the same name and dtype, in this thread, hands out again."""
+    return _kept(name, math.prod(shape), np.dtype(dtype), cp.empty).reshape(shape)
 
 
-def _like(M: Array, n: int) -> tuple[Array, ...]:
-    return tuple(cp.empty_like(M) for _ in range(n))
+def _kept(name: str, size: int, dtype: np.dtype[Any], make: Callable[..., Array]) -> Array:
+    """The first `size` elements of this thread's vector of that name and dtype, made anew where it is too short."""
+    kept: dict[Any, Any] = _thread.__dict__
+    key = name, dtype, cp.cuda.runtime.getDevice()
+    if key not in kept or kept[key].size < size:
+        kept[key] = make(size, dtype=dtype)
+    return kept[key][:size]
 
 
 def counting(n: int) -> Array:
     """0, 1, ..., n - 1."""
-    return cp.arange(n)
+    return _kept("counting", n, np.dtype(np.int64), cp.arange)
+
+
+class _Kernel(NamedTuple):
+    name: str
+    function: Any
+    parameters: tuple[cuda_source.Parameter, ...]
+
+
+def _kernel(file: str, name: str, dtype: np.dtype[Any], **defines: str) -> _Kernel:
+    real = "float" if dtype == np.float32 else "double"
+    return _module(cp.cuda.runtime.getDevice(), file, (("REAL", real), *defines.items()))[name]
+
+
+@functools.cache
+def _module(device: int, file: str, defines: tuple[tuple[str, str], ...]) -> dict[str, _Kernel]:
+    """The kernels of a file, compiled for a device on which they are first asked for."""
+    source = cuda_source.text(file, **dict(defines))
+    module = cp.RawModule(code=source, options=OPTIONS)
+    return {
+        name: _Kernel(name, module.get_function(name), parameters)
+        for name, parameters in cuda_source.signatures(source).items()
+    }
+
+
+def _launch(kernel: _Kernel, grid: tuple[int, ...], block: tuple[int, ...], *given: Any) -> None:
+    """The one place where a kernel starts. CuPy checks neither types nor strides nor the number of arguments.
+
+    Arrays must be C-contiguous and of the dtype that the kernel's text declares, None is a null pointer, numbers are
+    converted to what it declares.
+    """
+    if len(given) != len(kernel.parameters):
+        raise TypeError(f"{kernel.name} takes {len(kernel.parameters)} arguments, not {len(given)}")
+    arguments = []
+    for (name, dtype, is_array), a in zip(kernel.parameters, given, strict=True):
+        if not is_array:
+            arguments.append(dtype.type(a))
+        elif a is None:
+            arguments.append(np.uintp(0))
+        elif isinstance(a, cp.ndarray) and a.dtype == dtype and a.flags.c_contiguous:
+            arguments.append(a)
+        else:
+            raise TypeError(f"{kernel.name}: {name} must be a C-contiguous device array of {dtype}")
+    kernel.function(grid, block, tuple(arguments))
+
+
+def _same_shape(shape: tuple[int, ...], *arrays: Array | None) -> None:
+    for a in arrays:
+        if a is not None and a.shape != shape:
+            raise ValueError(f"an array has shape {a.shape}, not {shape}")
+
+
+def _blocks(elements: int, dtype: np.dtype[Any], most: int) -> tuple[int]:
+    """The grid of a walk over `elements`, 16 bytes a thread and step."""
+    return (max(1, min(-(-elements * dtype.itemsize // (16 * THREADS)), most)),)
+
+
+def _rows(m: int, K: int) -> tuple[tuple[int], tuple[int, int]]:
+    """Grid and block of work on m whole rows of K."""
+    block = (32, THREADS // 32) if K <= LONG_ROW else (THREADS, 1)
+    return (min(-(-m // block[1]), MOST_BLOCKS),), block
+
+
+# --------------------------------------------------------------------------------------------------- the operations
 
 
 def gather(data: Array, rows: Array | slice, out: Array) -> None:
     """out = data[rows], or data[rows] / 255 where data is uint8 and out is not. `rows`: valid indices, or a slice."""
-    out[...] = data[rows]
-    if data.dtype != out.dtype:
-        cp.divide(out, 255, out=out)
+    m, n = len(out), out.size // len(out)
+    first, indices = (rows.start, None) if isinstance(rows, slice) else (0, rows)
+    _same_shape((m, *data.shape[1:]), out)
+    _same_shape((m,), indices)
+    kind = {np.dtype(np.uint8): "gather_bytes", np.dtype(np.int64): "gather_labels"}.get(data.dtype, "gather_reals")
+    real = np.dtype(np.float32) if kind == "gather_labels" else out.dtype
+    kernel = _kernel("gather.cu", kind, real)
+    _launch(kernel, _blocks(out.size, out.dtype, MOST_BLOCKS), (THREADS,), data, indices, first, out, m, n)
 
 
 def affine(W: Array, A_below: Array, b: Array | None, Z: Array) -> None:
     """Z = W A_below + b."""
     cp.matmul(A_below, W.T, out=Z)
     if b is not None:
-        cp.add(Z, b, out=Z)
+        _activate(IDENTITY, b, Z, Z)
 
 
 def affine_activate(W: Array, A_below: Array, b: Array | None, f: Activation, Z: Array, A: Array) -> None:
     """Z = W A_below + b, A = f(Z). Z and A may be one array; then only A is left in it."""
-    affine(W, A_below, b, Z)
-    f.value(cp, Z, A, _like(Z, 2))
+    cp.matmul(A_below, W.T, out=Z)
+    if _is_compiled(f):
+        _activate(f, b, Z, A)
+        return
+    if b is not None:
+        _activate(IDENTITY, b, Z, Z)
+    f.value(cp, Z, A, _spare(Z))
+
+
+def _activate(f: Activation, b: Array | None, Z: Array, A: Array) -> None:
+    """A = f(Z + b), and Z = Z + b where it is another array."""
+    m, n = Z.shape
+    _same_shape((m, n), A)
+    _same_shape((n,), b)
+    kernel = _kernel("activate.cu", "bias_activate", Z.dtype, **_defines(f))
+    _launch(kernel, _blocks(Z.size, Z.dtype, MOST_BLOCKS), (THREADS,), b, Z, A, m, n)
 
 
 def drop(F: Array, rate: float, draw: tuple[int, int], layer: int, mask: Array, A: Array) -> None:
     """mask = 1 / (1 - rate) or 0, drawn by (seed, step) and layer (see `dropout`); A = mask ⊙ F."""
-    dropout.fill_mask(sys.modules[__name__], rate, draw, layer, mask)
-    cp.multiply(F, mask, out=A)
+    _same_shape(F.shape, mask, A)
+    seed, step = draw
+    kernel = _kernel("dropout.cu", "drop", F.dtype)
+    grid = (max(1, min(-(-F.size // (4 * THREADS)), MOST_BLOCKS)),)
+    limit, scale = dropout.threshold(rate), dropout.scale(rate)
+    _launch(kernel, grid, (THREADS,), F, mask, A, F.size, limit, scale, layer, step, seed)
 
 
 def output(g: Activation, Z: Array, A: Array) -> None:
     """A = g(Z), for output functions, softmax over rows among them."""
-    g.value(cp, Z, A, _like(Z, 2))
+    if not _is_compiled(g):
+        g.value(cp, Z, A, _spare(Z))
+    elif g.elementwise:
+        _activate(g, None, Z, A)
+    else:
+        _same_shape(Z.shape, A)
+        _launch(_kernel("softmax.cu", "softmax", Z.dtype), *_rows(*Z.shape), Z, A, *Z.shape)
 
 
 def share(w: Array, out: Array) -> None:
     """out = w_i / sum w, the part of each sample in the mean cost; all 0 where w is."""
-    cp.divide(w, cp.maximum(w.sum(), float(np.finfo(w.dtype).tiny)), out=out)
+    _same_shape(w.shape, out)
+    _launch(_kernel("share.cu", "share", w.dtype), (1,), (THREADS,), w, out, w.size)
 
 
-def output_delta(cost: Cost, g: Activation, Z: Array, T: Array, w: float | Array, Delta: Array, C: Array) -> None:
-    """C = C_i of each sample, (m,); Delta = w_i dC_i/dZ[L], w (m,) or one number. T: labels (m,) or rows (m, K)."""
-    costs.output_delta(sys.modules[__name__], cost, g, Z, T, Delta, C)
-    cp.multiply(Delta, w if isinstance(w, float) else w.reshape(-1, 1), out=Delta)
+def output_delta(
+    cost: Cost, g: Activation, Z: Array, T: Array, w: float | Array, Delta: Array, C: Array, db: Array | None = None
+) -> None:
+    """C = C_i of each sample, (m,); Delta = w_i dC_i/dZ[L], w (m,) or one number; db = Delta 1 where there is a db.
+
+    T: labels (m,) or rows (m, K).
+    """
+    m, K = Z.shape
+    _same_shape((m, K), Delta, T if T.ndim == 2 else None)
+    _same_shape((m,), C, T if T.ndim == 1 else None, None if isinstance(w, float) else w)
+    _same_shape((K,), db)
+    name = cost.name.partition(":")[0]
+    if not _is_compiled(g) or name not in MAKERS:
+        costs.output_delta(sys.modules[__name__], cost, g, Z, T, Delta, C)
+        cp.multiply(Delta, w if isinstance(w, float) else w.reshape(-1, 1), out=Delta)
+    else:
+        kernel = _kernel("output_delta.cu", "output_delta", Z.dtype, COST=f"cost_{name}", **_defines(g))
+        targets = (T, None) if T.ndim == 1 else (None, T)
+        weight = (None, w) if isinstance(w, float) else (w, 0.0)
+        _launch(kernel, *_rows(m, K), Z, *targets, *weight, cost.smoothing, cost.parameter, Delta, C, m, K)
+    if db is not None:
+        _sum_columns(Delta, db)
 
 
-def hidden_delta(W: Array, Delta: Array, f: Activation, Z: Array, A: Array, mask: Array | None, out: Array) -> None:
-    """out = f'(Z) ⊙ (W^T Delta), where W and Delta are the layer above's; f' is taken from A or Z as f says.
+def _strips(m: int, n: int, dtype: np.dtype[Any]) -> tuple[int, int, int]:
+    """Strips of columns, chunks of rows, and rows a chunk, of a sum down the columns."""
+    wide = 16 // dtype.itemsize
+    strips = -(-n // (32 * wide if n % wide == 0 else 32))
+    chunks = min(-(-m // CHUNK), max(1, MOST_PARTS // strips))
+    chunk_rows = -(-m // chunks)
+    return min(strips, MOST_BLOCKS), -(-m // chunk_rows), chunk_rows
 
-    With dropout A = f(Z) is what was there before it, and out = mask ⊙ f'(Z) ⊙ (W^T Delta).
+
+def _in_strips(kernel: _Kernel, M: Array, db: Array | None, *before: Array | None) -> None:
+    """Launch a kernel that sums M (m, n), or what it makes of M, down the columns, into db if there is one."""
+    m, n = M.shape
+    strips, chunks, chunk_rows = _strips(m, n, M.dtype)
+    partial = db if db is None or chunks == 1 else scratch("partial sums", (chunks, n), M.dtype)
+    _launch(kernel, (strips, chunks), (32, 8), *before, M, partial, m, n, chunk_rows)
+    if db is not None and chunks > 1:
+        kernel = _kernel("column_sums.cu", "column_sums", M.dtype)
+        _launch(kernel, (strips, 1), (32, 8), partial, db, chunks, n, chunks)
+
+
+def _sum_columns(M: Array, db: Array) -> None:
+    _in_strips(_kernel("column_sums.cu", "column_sums", M.dtype), M, db)
+
+
+def hidden_delta(
+    W: Array, Delta: Array, f: Activation, Z: Array, A: Array, mask: Array | None, out: Array, db: Array | None = None
+) -> None:
+    """out = f'(Z) ⊙ (W^T Delta), where W and Delta are the layer above's; db = out 1 where there is a db.
+
+    f' is taken from A or Z as f says. With dropout A = f(Z) is what was there before it, and out = mask ⊙ f'(Z) ⊙
+    (W^T Delta).
     """
     cp.matmul(Delta, W, out=out)
-    if mask is not None:
-        cp.multiply(out, mask, out=out)
-    if f.derivative is not None:
-        D, *s = _like(out, 3)
-        f.derivative(cp, Z if f.derivative_from == "Z" else A, D, s)
+    _same_shape(out.shape, mask)
+    _same_shape(out.shape[1:], db)
+    K = Z if f.derivative_from == "Z" else A
+    _same_shape(out.shape, K)
+    if _is_compiled(f):
+        if f.derivative is not None or mask is not None:
+            kernel = _kernel("hidden_delta.cu", "hidden_delta", out.dtype, **_defines(f))
+            _in_strips(kernel, out, db, K, mask)
+            return
+    elif f.derivative is not None:
+        D = scratch("derivative", out.shape, out.dtype)
+        f.derivative(cp, K, D, _spare(out))
         cp.multiply(out, D, out=out)
-
-
-def gradients(Delta: Array, A_below: Array, dW: Array, db: Array | None) -> None:
-    """dW = Delta A_below^T, db = Delta 1. The 1/m stands in Delta already."""
-    cp.matmul(Delta.T, A_below, out=dW)
+        if mask is not None:
+            cp.multiply(out, mask, out=out)
     if db is not None:
-        Delta.sum(axis=0, out=db)
+        _sum_columns(out, db)
+
+
+def weight_gradient(Delta: Array, A_below: Array, dW: Array) -> None:
+    """dW = Delta A_below^T. The 1/m stands in Delta already."""
+    cp.matmul(Delta.T, A_below, out=dW)
+
+
+_TASKS = {"labels": 1, "binary": 2, "multilabel": 2}  # as in measure.cu
 
 
 def measure(task: str, g: Activation, Z: Array, T: Array, C: Array, w: Array | None, out: Array) -> None:
@@ -106,37 +281,128 @@ def measure(task: str, g: Activation, Z: Array, T: Array, C: Array, w: Array | N
 
     See `Network.task` for what is right.
     """
-    out[0] = (C if w is None else w.astype(cp.float64) * C).sum(dtype=cp.float64)
-    if task == "labels":
-        scores = Z
-        if not g.increasing:
-            scores = cp.empty_like(Z)
-            output(g, Z, scores)
-        wanted = T if T.ndim == 1 else T.argmax(axis=1)
-        out[1] = (scores.argmax(axis=1) == wanted).sum()
-    elif task in ("binary", "multilabel"):
-        out[1] = ((Z > 0) == (T > 0.5)).all(axis=1).sum()
+    m, K = Z.shape
+    _same_shape((m,), C, w)
+    scores = Z
+    if task == "labels" and not g.increasing:
+        scores = scratch("outputs", Z.shape, Z.dtype)
+        output(g, Z, scores)
+    chunks = min(-(-m // CHUNK), MOST_PARTS)
+    chunk_rows = -(-m // chunks)
+    chunks = -(-m // chunk_rows)
+    pairs = out if chunks == 1 else scratch("pairs", (chunks, 2), np.float64)
+    targets = (T, None) if T.ndim == 1 else (None, T)
+    kernel = _kernel("measure.cu", "measure", Z.dtype)
+    _launch(kernel, (chunks,), (THREADS,), scores, *targets, C, w, _TASKS.get(task, 0), pairs, m, K, chunk_rows)
+    if chunks > 1:
+        _launch(_kernel("measure.cu", "add_pairs", Z.dtype), (1,), (THREADS,), pairs, out, chunks)
+
+
+def regularize(regularization: Regularization, theta: Array, is_weight: Array, g: Array) -> None:
+    """Add the penalties' derivative to the flat gradient g, then clip it, in place: see `Regularization`."""
+    _same_shape(g.shape, theta, is_weight)
+    grid, n = _blocks(g.size, g.dtype, MOST_PARTS), g.size
+    before, after = (scratch(name, (MOST_PARTS,), np.float64) for name in ("norm before", "norm after"))
+    of = regularization
+    _launch(
+        _kernel("regularize.cu", "penalize", g.dtype), grid, (THREADS,),
+        theta, is_weight, g, of.l1, of.l2, of.clip_value or 0.0, before, after, n,
+    )  # fmt: skip
+    if of.clip_value or of.clip_norm:
+        kernel = _kernel("regularize.cu", "clip", g.dtype)
+        _launch(kernel, grid, (THREADS,), g, before, after, *grid, of.clip_norm or 0.0, n)
+
+
+# What rules.cuh reads of each rule: the numbers of a step, from its coefficients; where the kernel finds each slot.
+_RULES: dict[type[Optimizer], tuple[str, Callable[[Any, Any], tuple[float, ...]], Callable[[Any], tuple[int, ...]]]] = {
+    SGD: ("sgd", lambda r, c: (*c, r.momentum, r.weight_decay, r.nesterov), lambda r: (0,)),
+    AdaGrad: ("adagrad", lambda r, c: (*c, r.weight_decay, r.eps), lambda r: (0,)),
+    RMSProp: (
+        "rmsprop",
+        lambda r, c: (*c, r.alpha, 1 - r.alpha, r.eps, r.weight_decay, r.momentum, r.centered),
+        lambda r: (0, 1, 2) if r.centered else (0, 2),
+    ),
+    AdaDelta: ("adadelta", lambda r, c: (*c, r.rho, 1 - r.rho, r.eps, r.weight_decay), lambda r: (0, 1)),
+    Adam: ("adam", lambda r, c: _adam_numbers(r, c), lambda r: (0, 1, 2)),
+    AdamW: ("adam", lambda r, c: _adam_numbers(r, c), lambda r: (0, 1, 2)),
+    NAdam: (
+        "nadam",
+        lambda r, c: (*c, 1 - r.betas[0], r.betas[1], 1 - r.betas[1], r.weight_decay),
+        lambda r: (0, 1),
+    ),
+    Lion: ("lion", lambda r, c: (*c, r.betas[0], 1 - r.betas[0], r.betas[1], 1 - r.betas[1]), lambda r: (0,)),
+}
+
+
+def _adam_numbers(rule: Adam, c: tuple[float, ...]) -> tuple[float, ...]:
+    beta1, beta2 = rule.betas
+    return (*c, 1 - beta1, beta2, 1 - beta2, rule.weight_decay, rule.decoupled, rule.amsgrad)
+
+
+def _rule(rule: Optimizer) -> tuple[str, Callable[[Any, Any], tuple[float, ...]], Callable[[Any], tuple[int, ...]]]:
+    if type(rule) not in _RULES:
+        raise ConfigError(f"{type(rule).__name__} has no CUDA kernel", "use an optimizer of backprop_gpu, or NumPy")
+    return _RULES[type(rule)]
+
+
+def step_rows(rule: Optimizer, lrs: Sequence[float], t: int) -> Array:
+    """What `update` needs of the steps t, t + 1, ... (from 1) at these learning rates: a row each, on the device.
+
+    The only copy to the device during an epoch, made before its first step.
+    """
+    _, numbers, _ = _rule(rule)
+    rows = [(i, lr, rule.weight_decay, *numbers(rule, rule.coefficients(lr, i))) for i, lr in enumerate(lrs, t)]
+    return cp.asarray(np.array(rows, np.float64))
 
 
 def update(
-    rule: Optimizer, theta: Array, gradient: Array, slots: Slots, lr: float, t: int, measured: Array, diverged: Array
+    rule: Optimizer, theta: Array, gradient: Array, slots: Slots, row: Array, measured: Array, diverged: Array
 ) -> bool:
-    """Apply `rule` to the flat vectors as step t (from 1), unless the run has left the finite numbers.
+    """Apply `rule` to the flat vectors, as the step that `row` of `step_rows` says, unless the run has diverged.
 
     As in `numpy_ops.update`, but decided on the device, so that nobody waits: always returns True.
     """
-    norm2 = cp.dot(gradient, gradient)
-    finite = cp.isfinite(measured[0]) & cp.isfinite(norm2)
-    old = theta, *slots
-    new = tuple(v.copy() for v in old)
-    rule.apply(cp, new[0], gradient, new[1:], rule.coefficients(lr, t), _like(theta, 2))
-    for v in new:
-        finite = finite & cp.isfinite(v).all()
-    diverged[0] = cp.where((diverged[0] == 0) & ~finite, t, diverged[0])
-    live = diverged[0] == 0
-    for kept, v in zip(old, new, strict=True):
-        kept[...] = cp.where(live, v, kept)
+    name, _, places = _rule(rule)
+    s: list[Array | None] = [None, None, None]
+    for place, slot in zip(places(rule), slots, strict=False):
+        s[place] = slot
+    _same_shape(theta.shape, gradient, *s)
+    n, define = theta.size, {"RULE": f"rule_{name}"}
+    parts = _blocks(n, theta.dtype, MOST_PARTS)
+    norm2 = scratch("norm2", (MOST_PARTS,), np.float64)
+    stop = scratch("stop", (MOST_PARTS,), np.int32)
+    kernel = _kernel("update.cu", "survey", theta.dtype, **define)
+    _launch(kernel, parts, (THREADS,), theta, gradient, *s, row, diverged, norm2, stop, n)
+    kernel = _kernel("update.cu", "update", theta.dtype, **define)
+    grid = _blocks(n, theta.dtype, MOST_BLOCKS)
+    _launch(kernel, grid, (THREADS,), theta, gradient, *s, row, measured, norm2, stop, *parts, diverged, n)
     return True
+
+
+# --------------------------------------------------------------------- functions of one's own, and those in plain CuPy
+
+
+def _spare(M: Array) -> tuple[Array, Array]:
+    """Two scratch arrays of the shape of M."""
+    return scratch("spare 0", M.shape, M.dtype), scratch("spare 1", M.shape, M.dtype)
+
+
+def _is_compiled(f: Activation) -> bool:
+    """Whether the kernels know f, by the table in activations.cuh or by its CUDA expressions."""
+    return f.cuda is not None or OUTPUT.get(f.name) == f
+
+
+def _defines(f: Activation) -> dict[str, str]:
+    """What stands before the text of a kernel that applies f."""
+    if f.cuda is None:
+        return {"ACTIVATION": f"f_{f.name}"}
+    value, derivative = (" ".join(expression.split()) for expression in f.cuda)
+    own = (
+        f"struct f_{f.name} {{ static constexpr bool from_Z = {str(f.derivative_from == 'Z').lower()}, rows = false; "
+        f"static __device__ real value(real z) {{ return {value}; }} "
+        f"static __device__ real derivative(real {f.derivative_from.lower()}) {{ return {derivative}; }} }};"
+    )
+    return {"OWN_ACTIVATION": own, "ACTIVATION": f"f_{f.name}"}
 
 
 def dot_targets(T: Array, M: Array, out: Array) -> None:

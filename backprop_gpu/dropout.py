@@ -20,6 +20,16 @@ _WEYL = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
 
 
+def threshold(rate: float) -> int:
+    """The least word that keeps an element."""
+    return min(round(rate * 2**32), _LOW)
+
+
+def scale(rate: float) -> float:
+    """What is kept is multiplied by."""
+    return 1 / (1 - rate)
+
+
 def philox(ops: Any, c: tuple[Array, Array, Array, Array], key: int) -> None:
     """Philox4x32-10 in place on four uint64 vectors that hold 32-bit words; key: 64 bits."""
     xp = ops.xp
@@ -52,7 +62,7 @@ def fill_mask(ops: Any, rate: float, draw: tuple[int, int], layer: int, mask: Ar
     c[3][...] = step >> 32
     philox(ops, c, seed)
     kept = ops.scratch("philox kept", (blocks, 4), mask.dtype)
-    threshold = np.uint64(min(round(rate * 2**32), _LOW))
+    least = np.uint64(threshold(rate))
     for j in range(4):
-        xp.greater_equal(c[j], threshold, out=kept[:, j])
-    xp.multiply(kept.reshape(-1)[: mask.size].reshape(mask.shape), 1 / (1 - rate), out=mask)
+        xp.greater_equal(c[j], least, out=kept[:, j])
+    xp.multiply(kept.reshape(-1)[: mask.size].reshape(mask.shape), scale(rate), out=mask)

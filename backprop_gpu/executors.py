@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,17 +54,25 @@ class Eager:
         self.slots = tuple(be.zeros(self.theta.size, net.dtype) for _ in range(rule.slots))
         self.diverged = be.xp.zeros(1, be.xp.int64)
 
-    def step(self, rows: Array, lr: float, t: int, measured: Array) -> bool:
-        """Step t (from 1) on the samples `rows`: forward, cost and Delta[L], backward, update.
+    def begin(self, order: np.ndarray, lrs: Sequence[float], t: int) -> None:
+        """Before an epoch: its samples in order, the learning rate of each of its steps, t of the first (from 1).
+
+        All that an epoch takes to the device.
+        """
+        be = self.problem.net.backend
+        self.order, self.rows, self.t = be.asarray(order), be.ops.step_rows(self.rule, lrs, t), t
+
+    def step(self, i: int, start: int, stop: int, measured: Array) -> bool:
+        """Step i of the epoch (from 0), on the samples start .. stop - 1 of its order: forward, backward, update.
 
         Writes the sum of the weighted costs and the number of samples predicted right into measured (2,). Returns False
         where it is known that the step was not applied, because the run has left the finite numbers.
         """
         problem, samples = self.problem, self.problem.samples
         net, ops = problem.net, problem.net.backend.ops
-        m = len(rows)
+        rows, m = self.order[start:stop], stop - start
         batch, T, mean = self.batch.first(m), self.T[:m], problem.reduction == "mean"
-        batch.draw = self.seed, t
+        batch.draw = self.seed, self.t + i
         with np.errstate(all="ignore"):  # what is not finite is looked for, and told, by update
             ops.gather(samples.X, rows, batch.A[0])
             ops.gather(samples.T, rows, T)
@@ -78,5 +87,5 @@ class Eager:
             backward(ops, net, batch, T, part, problem.cost, self.gradient, problem.frozen)
             ops.measure(samples.task, net.g, batch.Z[-1], T, batch.C, w, measured)
             if problem.regularization:
-                problem.regularization.apply(ops, self.theta, self.is_weight, self.g)
-            return bool(ops.update(self.rule, self.theta, self.g, self.slots, lr, t, measured, self.diverged))
+                ops.regularize(problem.regularization, self.theta, self.is_weight, self.g)
+            return bool(ops.update(self.rule, self.theta, self.g, self.slots, self.rows[i], measured, self.diverged))

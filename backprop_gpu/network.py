@@ -62,11 +62,11 @@ def backward(
     """
     W, f, Z, F, A, Delta, L = net.W, net.f, batch.Z, batch.F, batch.A, batch.Delta, net.L
     dW, db = gradient.W, gradient.b
-    ops.output_delta(cost, net.g, Z[L], T, w, Delta[L], batch.C)  # Delta[L] = w dC_i/dZ[L]
+    ops.output_delta(cost, net.g, Z[L], T, w, Delta[L], batch.C, db[L])  # Delta[L] = w dC_i/dZ[L], db[L] = Delta[L] 1
     for l in range(L, frozen, -1):
-        ops.gradients(Delta[l], A[l - 1], dW[l], db[l])  # dW[l] = Delta[l] A[l-1]^T, db[l] = Delta[l] 1
-        if l > frozen + 1:  # Delta[l-1] = f'(Z[l-1]) ⊙ (W[l]^T Delta[l])
-            ops.hidden_delta(W[l], Delta[l], f[l - 1], Z[l - 1], F[l - 1], batch.mask[l - 1], Delta[l - 1])
+        ops.weight_gradient(Delta[l], A[l - 1], dW[l])  # dW[l] = Delta[l] A[l-1]^T
+        if l > frozen + 1:  # Delta[l-1] = f'(Z[l-1]) ⊙ (W[l]^T Delta[l]), db[l-1] = Delta[l-1] 1
+            ops.hidden_delta(W[l], Delta[l], f[l - 1], Z[l - 1], F[l - 1], batch.mask[l - 1], Delta[l - 1], db[l - 1])
 
 
 # ------------------------------------------------------------------------------------------------- the storage
@@ -492,7 +492,7 @@ class Network:
             if penalties:
                 is_weight = self.weight_mask()
                 value += penalties.penalty(be.xp, self.theta, is_weight)
-                penalties.apply(be.ops, self.theta, is_weight, flat)
+                be.ops.regularize(penalties, self.theta, is_weight, flat)
             page.update(dW=gradient.W, db=gradient.b)
             if keep_Z:
                 outputs = be.xp.empty_like(batch.Z[-1])

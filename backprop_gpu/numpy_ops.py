@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy as xp  # the array module, under the name that code for both backends uses
@@ -20,10 +20,12 @@ from . import costs, dropout
 from .activations import Activation, Array
 from .costs import Cost
 from .optimizers import Optimizer, Slots
+from .regularization import Regularization
 
 __all__ = [
-    "affine", "affine_activate", "counting", "dot_targets", "drop", "gather", "gradients", "hidden_delta", "measure",
-    "output", "output_delta", "scratch", "share", "subtract_targets", "update", "xp",
+    "affine", "affine_activate", "counting", "dot_targets", "drop", "gather", "hidden_delta", "measure", "output",
+    "output_delta", "regularize", "scratch", "share", "step_rows", "subtract_targets", "update", "weight_gradient",
+    "xp",
 ]  # fmt: skip
 
 # Elements a block: of 2^13..2^18 and unblocked, best or near it for Adam on 0.4 M and 5.8 M float32 parameters (Zen 3).
@@ -101,33 +103,46 @@ def share(w: Array, out: Array) -> None:
     np.divide(w, max(w.sum(), np.finfo(w.dtype).tiny), out=out)
 
 
-def output_delta(cost: Cost, g: Activation, Z: Array, T: Array, w: float | Array, Delta: Array, C: Array) -> None:
-    """C = C_i of each sample, (m,); Delta = w_i dC_i/dZ[L], w (m,) or one number. T: labels (m,) or rows (m, K)."""
+def output_delta(
+    cost: Cost, g: Activation, Z: Array, T: Array, w: float | Array, Delta: Array, C: Array, db: Array | None = None
+) -> None:
+    """C = C_i of each sample, (m,); Delta = w_i dC_i/dZ[L], w (m,) or one number; db = Delta 1 where there is a db.
+
+    T: labels (m,) or rows (m, K).
+    """
     costs.output_delta(sys.modules[__name__], cost, g, Z, T, Delta, C)
     np.multiply(Delta, w if isinstance(w, float) else w.reshape(-1, 1), out=Delta)
+    _sum_columns(Delta, db)
 
 
-def hidden_delta(W: Array, Delta: Array, f: Activation, Z: Array, A: Array, mask: Array | None, out: Array) -> None:
-    """out = f'(Z) ⊙ (W^T Delta), where W and Delta are the layer above's; f' is taken from A or Z as f says.
+def _sum_columns(Delta: Array, db: Array | None) -> None:
+    """db = Delta 1."""
+    if db is not None:
+        np.matmul(_kept("ones", len(Delta), Delta.dtype, np.ones), Delta, out=db)
 
-    With dropout A = f(Z) is what was there before it, and out = mask ⊙ f'(Z) ⊙ (W^T Delta).
+
+def hidden_delta(
+    W: Array, Delta: Array, f: Activation, Z: Array, A: Array, mask: Array | None, out: Array, db: Array | None = None
+) -> None:
+    """out = f'(Z) ⊙ (W^T Delta), where W and Delta are the layer above's; db = out 1 where there is a db.
+
+    f' is taken from A or Z as f says. With dropout A = f(Z) is what was there before it, and out = mask ⊙ f'(Z) ⊙
+    (W^T Delta).
     """
     np.matmul(Delta, W, out=out)
     if mask is not None:
         np.multiply(out, mask, out=out)
-    if f.derivative is None:
-        return
-    K = Z if f.derivative_from == "Z" else A
-    for rows, (D, *s) in _row_blocks(out):
-        f.derivative(np, K[rows], D, s)
-        np.multiply(out[rows], D, out=out[rows])
+    if f.derivative is not None:
+        K = Z if f.derivative_from == "Z" else A
+        for rows, (D, *s) in _row_blocks(out):
+            f.derivative(np, K[rows], D, s)
+            np.multiply(out[rows], D, out=out[rows])
+    _sum_columns(out, db)
 
 
-def gradients(Delta: Array, A_below: Array, dW: Array, db: Array | None) -> None:
-    """dW = Delta A_below^T, db = Delta 1. The 1/m stands in Delta already."""
+def weight_gradient(Delta: Array, A_below: Array, dW: Array) -> None:
+    """dW = Delta A_below^T. The 1/m stands in Delta already."""
     np.matmul(Delta.T, A_below, out=dW)
-    if db is not None:
-        np.matmul(_kept("ones", len(Delta), Delta.dtype, np.ones), Delta, out=db)
 
 
 def measure(task: str, g: Activation, Z: Array, T: Array, C: Array, w: Array | None, out: Array) -> None:
@@ -153,15 +168,32 @@ def measure(task: str, g: Activation, Z: Array, T: Array, C: Array, w: Array | N
         out[1] = np.count_nonzero(np.logical_and.reduce(right, axis=1, out=scratch("right", C.shape, np.bool_)))
 
 
+def regularize(regularization: Regularization, theta: Array, is_weight: Array, g: Array) -> None:
+    """Add the penalties' derivative to the flat gradient g, then clip it, in place: see `Regularization`."""
+    regularization.apply(sys.modules[__name__], theta, is_weight, g)
+
+
+class _Step(NamedTuple):
+    t: int
+    lr: float
+    coefficients: tuple[float, ...]
+
+
+def step_rows(rule: Optimizer, lrs: Sequence[float], t: int) -> list[_Step]:
+    """What `update` needs of the steps t, t + 1, ... (from 1) at these learning rates."""
+    return [_Step(i, lr, rule.coefficients(lr, i)) for i, lr in enumerate(lrs, t)]
+
+
 def update(
-    rule: Optimizer, theta: Array, gradient: Array, slots: Slots, lr: float, t: int, measured: Array, diverged: Array
+    rule: Optimizer, theta: Array, gradient: Array, slots: Slots, row: _Step, measured: Array, diverged: Array
 ) -> bool:
-    """Apply `rule` to the flat vectors as step t (from 1), unless the run has left the finite numbers.
+    """Apply `rule` to the flat vectors, as the step that `row` of `step_rows` says, unless the run has diverged.
 
     The first step whose cost (measured[0]), squared gradient norm or outcome is not finite is latched in diverged[0];
     that step and all after it leave theta and slots as they are. Returns False where it is known that nothing was
     applied.
     """
+    t, lr, c = row
     norm2 = float(np.dot(gradient, gradient))
     if diverged[0] == 0 and not (math.isfinite(measured[0]) and math.isfinite(norm2)):
         diverged[0] = t
@@ -174,7 +206,6 @@ def update(
         reach += rule.weight_decay * math.sqrt(float(np.dot(theta, theta)))
     risky = max(lr, 1.0) * reach > HUGE_STEP or lr * rule.weight_decay >= 1
     before = [v.copy() for v in (theta, *slots)] if risky else []
-    c = rule.coefficients(lr, t)
     for i in range(0, theta.size, BLOCK):
         part = slice(i, min(i + BLOCK, theta.size))
         size = (part.stop - i,)

@@ -211,19 +211,17 @@ def train(
         for run.epoch in range(1, epochs + 1):
             start = time.perf_counter()
             host_order, ends = epoch_plan(batches, n, batch_size, seed, run.epoch)
-            order = be.asarray(host_order)
             watched: Any = history.train_cost if held_out is None else history.validation_cost
             scheduled = during(factor, watched)
             ending.begin_epoch()
-            late, highest_lr = False, 0.0
+            lrs = [_lr(rule.lr, scheduled, step, epochs * steps) for step in range(run.step, run.step + steps)]
+            executor.begin(host_order, lrs, run.step + 1)
+            late = False
             for i in range(steps):
-                lr = _lr(rule.lr, scheduled, run.step, epochs * steps)
-                highest_lr = max(highest_lr, lr)
-                rows = order[ends[i] : ends[i + 1]]
                 run.whole = False
-                applied = executor.step(rows, lr, run.step + 1, measured[i])
+                applied = executor.step(i, ends[i], ends[i + 1], measured[i])
                 if applied:
-                    run.step, run.lr = run.step + 1, lr
+                    run.step, run.lr = run.step + 1, lrs[i]
                     net.criterion, net.task = chosen, learned
                 run.whole = True
                 if not applied:
@@ -235,7 +233,7 @@ def train(
                     break
             cost_sum, right = to_host(measured)[: i + 1].sum(axis=0)  # the host waits for the device here
             if diverged := int(executor.diverged[0]):
-                raise DivergenceError(run.epoch, diverged, _lr(rule.lr, scheduled, diverged - 1, epochs * steps))
+                raise DivergenceError(run.epoch, diverged, lrs[(diverged - 1) % steps])
             history.seconds.append(time.perf_counter() - start)
             seen = host_order[: ends[i + 1]]
             history.epoch.append(run.epoch)
@@ -255,7 +253,7 @@ def train(
                 _call(call, run)
             whole_steps.deliver()
             reason = ending.reason(
-                run.epoch, run.stop, norms and norms.whole, after and after.cost, late, highest_lr > 0
+                run.epoch, run.stop, norms and norms.whole, after and after.cost, late, max(lrs[: i + 1]) > 0
             )
             history.stopped = reason or None
             if history.stopped:
@@ -296,14 +294,13 @@ def check_data(net: Network, X: Any, T: Any, cost: Cost | str | None = None) -> 
 
 def _evaluate(net: Network, samples: Samples, cost: Cost, reduction: str) -> Evaluation:
     be, n, weights = net.backend, len(samples), samples.weights
-    totals = []
+    totals = be.zeros(2 * -(-n // CHUNK_ROWS), np.dtype(np.float64)).reshape(-1, 2)
     with np.errstate(all="ignore"):
-        for rows, batch in forward_chunks(net, samples.X):
+        for i, (rows, batch) in enumerate(forward_chunks(net, samples.X)):
             Z, T, w = batch.Z[-1], samples.T[rows], None if weights is None else be.asarray(weights[rows])
             be.ops.output_delta(cost, net.g, Z, T, 1.0, batch.Delta[-1], batch.C)
-            totals.append(be.zeros(2, np.dtype(np.float64)))
-            be.ops.measure(samples.task, net.g, Z, T, batch.C, w, totals[-1])
-    cost_sum, right = np.sum([to_host(t) for t in totals], axis=0)
+            be.ops.measure(samples.task, net.g, Z, T, batch.C, w, totals[i])
+    cost_sum, right = to_host(totals).sum(axis=0)
     whole = _whole(None if weights is None else to_host(weights), np.arange(n), reduction)
     return Evaluation(float(cost_sum) / whole, None if samples.task == "regression" else float(right) / n)
 
@@ -339,7 +336,7 @@ def _gradient_norms(problem: Problem, whole: float) -> _Norms:
             total += flat
         penalties = Regularization(problem.regularization.l1, problem.regularization.l2)
         if penalties:
-            penalties.apply(be.ops, net.theta, net.weight_mask(), total)
+            be.ops.regularize(penalties, net.theta, net.weight_mask(), total)
         sums = Views(total, net.layers, net.biased)
         trained = [p for p in (*sums.W[problem.frozen + 1 :], *sums.b[problem.frozen + 1 :]) if p is not None]
         return _Norms([_norm(dW) for dW in sums.W[1:]], math.hypot(*map(_norm, trained)))

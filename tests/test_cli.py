@@ -439,13 +439,13 @@ def test_a_second_ctrl_c_saves_nothing_torn(tmp_path):
     script = """
 import os, signal, sys
 from backprop_gpu import cli, numpy_ops
-plain, calls = numpy_ops.gradients, []
+plain, calls = numpy_ops.weight_gradient, []
 def twice(*args):
     calls.append(1)
     for _ in range(2 if len(calls) == 5 else 0):  # two layers: in the third step
         os.kill(os.getpid(), signal.SIGINT)
     plain(*args)
-numpy_ops.gradients = twice
+numpy_ops.weight_gradient = twice
 cli.main(sys.argv[1:])
 """
     done = run("train", "--epochs", 1, "--save", tmp_path / "m", code=130, command=[sys.executable, "-c", script])

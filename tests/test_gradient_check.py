@@ -252,14 +252,14 @@ def test_wrong_penalties_and_masks_are_found(monkeypatch):
 
 def test_a_wrong_row_of_a_large_network_is_found(monkeypatch, mnist):
     train, _ = mnist
-    gradients = numpy_ops.gradients
+    weight_gradient = numpy_ops.weight_gradient
 
-    def slip(Delta, A_below, dW, db):
-        gradients(Delta, A_below, dW, db)
+    def slip(Delta, A_below, dW):
+        weight_gradient(Delta, A_below, dW)
         if dW.shape == (100, 784):
             dW[7] *= 1.001
 
-    monkeypatch.setattr(numpy_ops, "gradients", slip)
+    monkeypatch.setattr(numpy_ops, "weight_gradient", slip)
     net = bp.Network([784, 100, 10], backend="numpy", precision="float64")
     report = gradient_check(net, train.images[:64], train.labels[:64])
     assert failed(report) == {"W[1]"}
@@ -469,20 +469,21 @@ def test_gradients_that_are_zero_are_below_noise():
 def test_a_gradient_where_none_should_be_fails(monkeypatch):
     net = bp.Network([3, 4, 2], "tanh", init="zeros", precision="float64", backend="numpy")
     X, T = sample_problem(net, 9)
-    gradients = numpy_ops.gradients
+    weight_gradient = numpy_ops.weight_gradient
 
-    def slip(Delta, A_below, dW, db):
-        gradients(Delta, A_below, dW, db)
+    def slip(Delta, A_below, dW):
+        weight_gradient(Delta, A_below, dW)
         dW += 1e-6
 
-    monkeypatch.setattr(numpy_ops, "gradients", slip)
+    monkeypatch.setattr(numpy_ops, "weight_gradient", slip)
     assert failed(gradient_check(net, X, T)) == {"W[1]", "W[2]"}
 
 
 def test_a_missing_gradient_fails(monkeypatch):
     net = network([3, 4, 2])
     X, T = sample_problem(net, 9)
-    monkeypatch.setattr(numpy_ops, "gradients", lambda Delta, A_below, dW, db: None)
+    monkeypatch.setattr(numpy_ops, "weight_gradient", lambda Delta, A_below, dW: None)
+    monkeypatch.setattr(numpy_ops, "_sum_columns", lambda Delta, db: None)
     assert failed(gradient_check(net, X, T)) == {"W[1]", "b[1]", "W[2]", "b[2]"}
 
 
@@ -603,14 +604,14 @@ def test_what_float32_loses_of_large_logits_is_no_failure():
 
 
 def test_a_slip_in_float32_alone_fails_the_own_column(monkeypatch):
-    gradients = numpy_ops.gradients
+    weight_gradient = numpy_ops.weight_gradient
 
-    def slip(Delta, A_below, dW, db):
-        gradients(Delta, A_below, dW, db)
+    def slip(Delta, A_below, dW):
+        weight_gradient(Delta, A_below, dW)
         if dW.dtype == np.float32 and dW.shape == (3, 4):
             dW *= 1.0005
 
-    monkeypatch.setattr(numpy_ops, "gradients", slip)
+    monkeypatch.setattr(numpy_ops, "weight_gradient", slip)
     net = network([3, 4, 3], precision="float32")
     X, T = sample_problem(net)
     report = gradient_check(net, X, T)
@@ -627,13 +628,13 @@ def test_a_slip_of_the_device_alone_fails_the_own_column(monkeypatch):
         net = network([3, 4, 2], backend="cupy")
         X, T = sample_problem(net)
         assert gradient_check(net, X, T)
-        gradients = cuda_ops.gradients
+        in_strips = cuda_ops._in_strips
 
-        def slip(Delta, A_below, dW, db):
-            gradients(Delta, A_below, dW, db)
+        def slip(kernel, M, db, *before):
+            in_strips(kernel, M, db, *before)
             db *= 2.0
 
-        monkeypatch.setattr(sys.modules["backprop_gpu.cuda_ops"], "gradients", slip)
+        monkeypatch.setattr(sys.modules["backprop_gpu.cuda_ops"], "_in_strips", slip)
         report = gradient_check(net, X, T)
     assert {r.name: r.status for r in report.rows} == dict.fromkeys(["b[1]", "b[2]"], "FAILED (own)") | dict.fromkeys(
         ["W[1]", "W[2]"], "passed"

@@ -39,10 +39,12 @@ def peak_of_a_step(m, width, hidden="relu", cost="cross_entropy", g="softmax", r
     measured = np.zeros((4, 2))
     orders = [rng.permutation(2 * m)[:size] for size in (m, m, m // 3, m)]
     with np.errstate(all="ignore"):
-        executor.step(orders[0], 1e-4, 1, measured[0])
+        executor.begin(orders[0], [1e-4], 1)
+        executor.step(0, 0, len(orders[0]), measured[0])
         tracemalloc.start()
         for t in range(1, 4):
-            executor.step(orders[t], 1e-4, t + 1, measured[t])
+            executor.begin(orders[t], [1e-4], t + 1)
+            executor.step(0, 0, len(orders[t]), measured[t])
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     return peak
@@ -105,8 +107,8 @@ def test_the_measurement_sees_one_number_a_sample(monkeypatch):
 
     plain = numpy_ops.output_delta
 
-    def with_a_copy(cost, g, Z, T, weight, Delta, C):
-        plain(cost, g, Z, T, weight, Delta, C.copy())
+    def with_a_copy(cost, g, Z, T, weight, Delta, C, db):
+        plain(cost, g, Z, T, weight, Delta, C.copy(), db)
 
     monkeypatch.setattr(numpy_ops, "output_delta", with_a_copy)
     assert growth() > ALLOWANCE

@@ -178,7 +178,7 @@ def test_ten_steps(backend, rng, rule, literal, settings, dtype):
     measured, diverged = backend.xp.zeros(2), backend.xp.zeros(1, np.int64)
     for t, g in enumerate(grads, 1):
         kept = backend.asarray(g.copy())
-        backend.ops.update(rule, theta, kept, slots, rule.lr, t, measured, diverged)
+        backend.ops.update(rule, theta, kept, slots, backend.ops.step_rows(rule, [rule.lr], t)[0], measured, diverged)
         np.testing.assert_array_equal(to_host(kept), g)
     wanted = [literal(float(p), grads[:, i].astype(float).tolist(), **settings) for i, p in enumerate(start)]
     np.testing.assert_allclose(
@@ -193,7 +193,15 @@ def test_a_learning_rate_that_varies_from_step_to_step_and_starts_at_zero(backen
     start, grads = rng.normal(size=n), rng.normal(size=(len(lrs), n))
     theta, slots = backend.asarray(start.copy()), tuple(backend.zeros(n, np.dtype(float)) for _ in range(rule.slots))
     for t, (g, lr) in enumerate(zip(grads, lrs, strict=True), 1):
-        backend.ops.update(rule, theta, backend.asarray(g), slots, lr, t, backend.xp.zeros(2), backend.xp.zeros(1, int))
+        backend.ops.update(
+            rule,
+            theta,
+            backend.asarray(g),
+            slots,
+            backend.ops.step_rows(rule, [lr], t)[0],
+            backend.xp.zeros(2),
+            backend.xp.zeros(1, int),
+        )
     wanted = [literal(float(p), grads[:, i].tolist(), **{**settings, "lr": lrs}) for i, p in enumerate(start)]
     np.testing.assert_allclose(to_host(theta), wanted, rtol=1e-12)
 
@@ -204,7 +212,15 @@ def run(backend, rule, start, grads, lr=None):
     slots = tuple(backend.zeros(len(start), start.dtype) for _ in range(rule.slots))
     measured, diverged = backend.xp.zeros(2), backend.xp.zeros(1, np.int64)
     for t, g in enumerate(grads, 1):
-        backend.ops.update(rule, theta, backend.asarray(g), slots, lr or rule.lr, t, measured, diverged)
+        backend.ops.update(
+            rule,
+            theta,
+            backend.asarray(g),
+            slots,
+            backend.ops.step_rows(rule, [lr or rule.lr], t)[0],
+            measured,
+            diverged,
+        )
     return to_host(theta)
 
 
@@ -259,7 +275,15 @@ def test_padding_stays_exactly_zero(backend, rng, rule, dtype):
     theta = backend.asarray(start.copy())
     slots = tuple(backend.zeros(n, np.dtype(dtype)) for _ in range(rule.slots))
     for t, (g, lr) in enumerate(zip(grads, [0.0, 1e-3, 0.1, 1.0, 3.0, 7.0], strict=True), 1):
-        backend.ops.update(rule, theta, backend.asarray(g), slots, lr, t, backend.xp.zeros(2), backend.xp.zeros(1, int))
+        backend.ops.update(
+            rule,
+            theta,
+            backend.asarray(g),
+            slots,
+            backend.ops.step_rows(rule, [lr], t)[0],
+            backend.xp.zeros(2),
+            backend.xp.zeros(1, int),
+        )
         for v in map(to_host, (theta, *slots)):
             assert not v[zero].any()
             assert np.isfinite(v).all()
@@ -291,11 +315,13 @@ def test_steps_allocate_no_arrays(rng, rule):
     n = 50_000
     theta, g, slots = rng.normal(size=n), rng.normal(size=n), tuple(np.zeros(n) for _ in range(rule.slots))
     measured, diverged = np.zeros(2), np.zeros(1, int)
-    numpy_ops.update(rule, theta, g, slots, 1e-3, 1, measured, diverged)  # makes the scratch
+    numpy_ops.update(
+        rule, theta, g, slots, numpy_ops.step_rows(rule, [1e-3], 1)[0], measured, diverged
+    )  # makes the scratch
     tracemalloc.start()
     try:
         for t in (2, 3):
-            numpy_ops.update(rule, theta, g, slots, 1e-3, t, measured, diverged)
+            numpy_ops.update(rule, theta, g, slots, numpy_ops.step_rows(rule, [1e-3], t)[0], measured, diverged)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -33,7 +33,7 @@ def test_the_gradient_is_shaped_as_the_formula_says(backend, l1, l2, clip_norm, 
     theta, g, is_weight = rng.normal(size=37), rng.normal(size=37), (rng.random(37) < 0.7).astype(float)
     theta[:3] = 0
     arrays = [backend.xp.asarray(a.copy()) for a in (theta, is_weight, g)]
-    Regularization(l1, l2, clip_norm, clip_value).apply(backend.ops, *arrays)
+    backend.ops.regularize(Regularization(l1, l2, clip_norm, clip_value), *arrays)
     wanted = shaped_by_hand(theta, is_weight, g, l1, l2, clip_norm, clip_value)
     np.testing.assert_allclose(to_host(arrays[2]), wanted, rtol=1e-13, atol=1e-15)
     np.testing.assert_array_equal(to_host(arrays[0]), theta)
@@ -41,7 +41,7 @@ def test_the_gradient_is_shaped_as_the_formula_says(backend, l1, l2, clip_norm, 
 
 def test_clipping_a_gradient_of_zeros_leaves_zeros(backend):
     g, theta, is_weight = (backend.xp.zeros(5) for _ in range(3))
-    Regularization(clip_norm=1.0).apply(backend.ops, theta, is_weight, g)
+    backend.ops.regularize(Regularization(clip_norm=1.0), theta, is_weight, g)
     assert to_host(g).tolist() == [0] * 5
 
 

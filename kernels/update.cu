@@ -1,0 +1,105 @@
+// One step of an optimizer over the flat theta, all layers in one launch, unless the run has left the finite numbers.
+//
+// `survey` looks before the step is taken: the squared norm of the gradient, and whether an element's outcome would be
+// infinite or NaN. `update` then takes the step everywhere or nowhere. theta, g and the rule's slots hold n numbers each;
+// slots that a rule does without are null. `row` is the step's row of numbers in device memory: t, lr, weight decay, then
+// what the rule reads (rules.cuh); nothing of it comes from the host during an epoch. Bytes moved by Adam: 4 n to survey
+// (8 n with weight decay), 7 x 4 n to update (float).
+#include "rules.cuh"
+
+constexpr double HUGE = 1e12;  // a step is about lr, or lr |g|: only greater ones are computed to see where they lead
+
+// Runs f(i, pack) for each i-th pack of n elements, WIDE at a time where every vector is aligned, the rest one by one.
+template <class F> __device__ __forceinline__ void over(long long n, bool wide, F f) {
+    const long long start = (long long)blockIdx.x * blockDim.x + threadIdx.x, stride = (long long)gridDim.x * blockDim.x;
+    const long long packs = wide ? n / WIDE : 0;
+    for (long long i = start; i < packs; i += stride) f(i, Pack<real, WIDE>());
+    for (long long i = packs * WIDE + start; i < n; i += stride) f(i, Pack<real, 1>());
+}
+
+__device__ __forceinline__ bool all_aligned(const real* theta, const real* g, const real* s0, const real* s1,
+                                            const real* s2) {
+    return aligned<WIDE>(theta) && aligned<WIDE>(g) && aligned<WIDE>(s0) && aligned<WIDE>(s1) && aligned<WIDE>(s2);
+}
+
+// norm2[block] = sum of g^2 of the block's elements; stop[block]: whether one of them would leave the finite numbers, or the
+// run has already.
+extern "C" __global__ void survey(const real* __restrict__ theta, const real* __restrict__ g,
+                                  const real* __restrict__ s0, const real* __restrict__ s1, const real* __restrict__ s2,
+                                  const double* __restrict__ row, const long long* __restrict__ diverged,
+                                  double* __restrict__ norm2, int* __restrict__ stop, long long n) {
+    const RULE rule(row + 3);
+    const double lr = row[1], decay = row[2], step = lr > 1 ? lr : 1;
+    const bool grows = lr * decay >= 1;
+    double sum = 0;
+    int bad = diverged[0] != 0;
+    over(n, all_aligned(theta, g, s0, s1, s2), [&](long long i, auto pack) {
+        constexpr int N = sizeof(pack) / sizeof(real);
+        const auto gradient = load<N>(g, i);
+        real sum_here = 0;
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const long long e = i * N + j;
+            const real gj = gradient.v[j];
+            sum_here += gj * gj;
+            const double reach = 1 + fabs(double(gj)) + (decay != 0 ? decay * fabs(double(theta[e])) : 0.0);
+            if (grows || !(step * reach <= HUGE)) {
+                real s[3] = {s0 ? s0[e] : real(0), s1 ? s1[e] : real(0), s2 ? s2[e] : real(0)};
+                const real after = rule(theta[e], gj, s);
+                bad |= !(is_finite(after) && is_finite(s[0]) && is_finite(s[1]) && is_finite(s[2]));
+            }
+        }
+        sum += sum_here;
+    });
+    sum = join_row(sum, Sum(), 0.0);
+    bad = __syncthreads_or(bad);
+    if (threadIdx.x == 0) {
+        norm2[blockIdx.x] = sum;
+        stop[blockIdx.x] = bad;
+    }
+}
+
+template <int N>
+__device__ __forceinline__ void take(const RULE& rule, real* theta, const real* g, real* s0, real* s1, real* s2, long long i) {
+    auto x = load<N>(theta, i);
+    const auto gradient = load<N>(g, i);
+    real* const slot[3] = {s0, s1, s2};
+    Pack<real, N> s[3] = {};
+#pragma unroll
+    for (int k = 0; k < RULE::slots; ++k)
+        if (slot[k]) s[k] = load<N>(slot[k], i);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+        real mine[3] = {s[0].v[j], s[1].v[j], s[2].v[j]};
+        x.v[j] = rule(x.v[j], gradient.v[j], mine);
+#pragma unroll
+        for (int k = 0; k < 3; ++k) s[k].v[j] = mine[k];
+    }
+    store<N>(theta, i, x);
+#pragma unroll
+    for (int k = 0; k < RULE::slots; ++k)
+        if (slot[k]) store<N>(slot[k], i, s[k]);
+}
+
+// Takes the step, unless the cost or the norm is not finite, or a block of `survey` says stop: then `diverged` is t, if it
+// was 0. Every block adds up the `blocks` parts of `survey` itself, all in the same order.
+extern "C" __global__ void update(real* __restrict__ theta, const real* __restrict__ g, real* __restrict__ s0,
+                                  real* __restrict__ s1, real* __restrict__ s2, const double* __restrict__ row,
+                                  const double* __restrict__ measured, const double* __restrict__ norm2,
+                                  const int* __restrict__ stop, int blocks, long long* __restrict__ diverged, long long n) {
+    double sum = 0;
+    int bad = 0;
+    for (int i = threadIdx.x; i < blocks; i += blockDim.x) {
+        sum += norm2[i];
+        bad |= stop[i];
+    }
+    sum = join_row(sum, Sum(), 0.0);
+    if (__syncthreads_or(bad) || !is_finite(real(sum)) || !(fabs(measured[0]) < double(infinity()))) {
+        if (blockIdx.x == 0 && threadIdx.x == 0 && diverged[0] == 0) diverged[0] = (long long)row[0];
+        return;
+    }
+    const RULE rule(row + 3);
+    over(n, all_aligned(theta, g, s0, s1, s2), [&](long long i, auto pack) {
+        take<sizeof(pack) / sizeof(real)>(rule, theta, g, s0, s1, s2, i);
+    });
+}
