@@ -27,8 +27,8 @@ class Activation(NamedTuple):
     """One activation function.
 
     `derivative` is None where f' = 1 everywhere. `increasing`: strictly, so that the largest z is the largest a.
-    `cuda`: value and derivative of one's own function as the CUDA kernels get them; kernels/activations.cuh has those of
-    the table below.
+    `cuda`: value and derivative of one's own function as the CUDA kernels get them; kernels/activations.cuh has those
+    of the table below.
     """
 
     name: str

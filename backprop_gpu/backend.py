@@ -1,7 +1,7 @@
 """The shim between NumPy and CuPy: which array module and operations to use on this machine, and why.
 
-`choose("auto")` takes CuPy where a GPU has just been seen to run a kernel, else NumPy, and keeps the reason. Nothing
-here imports cupy before it is asked for.
+`choose("auto")` takes CuPy where a GPU has just been seen to run a kernel, else NumPy, and keeps the reason. `examine`
+tries the GPU and names the fault it meets. Nothing here imports cupy before it is asked for.
 """
 
 from __future__ import annotations
@@ -9,24 +9,44 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import glob
 import importlib
 import logging
 import os
+import re
+import sys
 import warnings
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from . import cuda_source
 from .activations import Array
 from .errors import BackendError, ConfigError, lookup
 
 log = logging.getLogger("backprop_gpu")
 
 WHEELS = ("cupy-cuda12x", "cupy-cuda13x")
+CAPABILITY = (7, 0)  # the least compute capability that the kernels are written for
+COMPUTE_MODES = {0: "default", 1: "exclusive thread", 2: "prohibited", 3: "exclusive process"}
+# The kinds of fault, in the order in which a trial meets them, and what each is.
+FAULTS = {
+    "fork": "a process forked after CUDA had started",
+    "cupy": "CuPy is not installed",
+    "packages": "CuPy is installed twice, damaged, too old, or built for something else than this driver",
+    "driver": "no driver, one too old, or no device",
+    "gpu": "a GPU too old, closed to this process, or sick",
+    "libraries": "NVRTC, the CUDA headers or cuBLAS are missing",
+    "cache": "CuPy's folder of compiled kernels cannot be used",
+}
+CACHE_CURE = "set CUPY_CACHE_IN_MEMORY=1, or CUPY_CACHE_DIR to a folder that can be written"
+DEFAULT_MODE = "let an administrator run nvidia-smi -c DEFAULT"
+LIBRARIES_CURE = "pip install {}: it brings CUDA's compiler, headers and libraries"
 _NAMES = {name: name for name in ("auto", "numpy", "cupy")}
+_INSUFFICIENT_DRIVER, _DEVICES_UNAVAILABLE, _NO_DEVICE = 35, 46, 100  # of cudaError_t
 
 
 @dataclass(frozen=True)
@@ -50,12 +70,14 @@ class Backend:
         """The context in which arrays of this backend are made and used."""
         if self.index is None:
             return contextlib.nullcontext()
+        _refuse_after_fork()
         return self.xp.cuda.Device(self.index)
 
     def asarray(self, a: Array) -> Array:
         """`a`, from wherever it is, on this backend's device; no copy where it is there already."""
         if self.index is None:
             return a.get() if is_cupy(a) else a
+        _refuse_after_fork()
         return self.xp.asarray(a)
 
     def zeros(self, n: int, dtype: Any) -> Array:
@@ -96,147 +118,330 @@ def choose(name: str = "auto") -> Backend:
     picks the GPU (0). Why it is NumPy is kept in `reason` and told once: in the log where CuPy is not installed, as a
     RuntimeWarning where it is installed but unusable.
 
-    Raises ConfigError for an unknown name or device, BackendError for "cupy" without a usable GPU.
+    Raises ConfigError for an unknown name or device; BackendError for "cupy" without a usable GPU, and for "auto" too
+    in a process that was forked after CUDA had started.
     """
     name = lookup("backend", name, _NAMES)
     if name == "auto":
         name = lookup("backend (BACKPROP_GPU_BACKEND)", os.environ.get("BACKPROP_GPU_BACKEND") or "auto", _NAMES)
     if name == "numpy":
         return _numpy("NumPy was asked for")
-    index = _device_index()
-    found = _probe(index)
-    if isinstance(found, _Unusable):
-        if name == "cupy":
-            raise BackendError(found.cause, found.cure)
-        _tell_once(found)
-        return _numpy(found.cause, found.cure)
-    cupy, device = found
-    return Backend("cupy", cupy, importlib.import_module(".cuda_ops", __package__), device, "a GPU runs kernels", index)
-
-
-def kernel_source(name: str) -> str:
-    """The text of kernels/<name>, from an installed package, an editable install or a plain checkout alike."""
-    here = Path(__file__).resolve().parent
-    for folder in (here / "kernels", here.parent / "kernels"):
-        if (folder / name).is_file():
-            return (folder / name).read_text(encoding="utf-8")
-    raise BackendError(f"the kernel file {name} is missing from this installation", "install backprop_gpu again")
+    index = device_index()
+    found = examine(index)
+    if found.fault is None:
+        ops = importlib.import_module(".cuda_ops", __package__)
+        return Backend("cupy", found.cupy, ops, found.card["name"], "a GPU runs kernels", index)
+    if name == "cupy" or found.fault.kind == "fork":
+        raise BackendError(found.fault.cause, found.fault.cure)
+    _tell_once(found.fault)
+    return _numpy(found.fault.cause, found.fault.cure)
 
 
 def _numpy(reason: str, cure: str = "") -> Backend:
     return Backend("numpy", np, importlib.import_module(".numpy_ops", __package__), "CPU", reason, cure=cure)
 
 
-def _device_index() -> int:
+def device_index() -> int:
+    """The GPU that BACKPROP_GPU_DEVICE names, else 0. Raises ConfigError."""
     text = os.environ.get("BACKPROP_GPU_DEVICE") or "0"
     if not text.isdecimal():
         raise ConfigError(f"BACKPROP_GPU_DEVICE is {text!r}", "set it to the number of a GPU: 0, 1, ...")
     return int(text)
 
 
+# ------------------------------------------------------------------------------------------ the trial of a GPU
+
+
 @dataclass(frozen=True)
-class _Unusable:
+class Fault:
+    """What keeps a GPU from being used: its kind, a key of FAULTS, and one line each of cause and cure."""
+
+    kind: str
     cause: str
     cure: str
-    installed: bool = True
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the trial of a GPU found: CuPy, if it imports; facts about the card, if there is one; the first fault."""
+
+    cupy: Any = None
+    card: dict[str, Any] = field(default_factory=dict)
+    fault: Fault | None = None
+
+
+AFTER_FORK = Fault("fork", "CUDA does not survive a fork", "start processes with multiprocessing.get_context('spawn')")
+_cuda_started = False
+_forked = False
+
+
+def _mark_child() -> None:
+    global _forked
+    _forked = _forked or _cuda_started
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mark_child)
+
+
+def _refuse_after_fork() -> None:
+    if _forked:
+        raise BackendError(AFTER_FORK.cause, AFTER_FORK.cure)
 
 
 @functools.cache
-def _tell_once(found: _Unusable) -> None:
-    if found.installed:
-        warnings.warn(f"training on NumPy: {found.cause}. {found.cure}", RuntimeWarning, stacklevel=3)
+def _tell_once(fault: Fault) -> None:
+    if fault.kind == "cupy":
+        log.info("training on NumPy: %s", fault.cause)
     else:
-        log.info("training on NumPy: %s", found.cause)
+        warnings.warn(f"training on NumPy: {fault.cause}. {fault.cure}", RuntimeWarning, stacklevel=3)
+
+
+def examine(index: int) -> Machine:
+    """What a trial of CUDA device `index` finds. Never raises; each device is tried once a process."""
+    return Machine(fault=AFTER_FORK) if _forked else _probe(index)
 
 
 @functools.cache
-def _probe(index: int) -> tuple[ModuleType, str] | _Unusable:
-    """CuPy and the device's name, or why there is no usable GPU. Never raises."""
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        try:
+def _probe(index: int) -> Machine:
+    global _cuda_started
+    if trouble := unwritable_cache():
+        _keep_kernels_in_memory(trouble)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of several CuPy packages: `_or_several_packages` tells
             cupy = importlib.import_module("cupy")
-            count = cupy.cuda.runtime.getDeviceCount  # a half-removed CuPy is an empty namespace package
-        except Exception as e:
-            return _no_import(e)
-    note = (
-        "; several CuPy packages are installed" if any("multiple CuPy packages" in str(w.message) for w in told) else ""
-    )
-    cure = _one_wheel() if note else ""
-    version = str(getattr(cupy, "__version__", "0"))
-    if version.partition(".")[0].isdecimal() and int(version.partition(".")[0]) < 14:
-        return _Unusable(f"CuPy {version} is too old{note}", cure or f"pip install -U {_wheel()}")
-    try:
-        n = count()
+        _ = cupy.cuda.runtime.getDeviceCount  # a half-removed CuPy is an empty namespace package
     except Exception as e:
-        return _no_device(e, cupy, note, cure)
-    if index >= n:
-        return _Unusable(
-            f"there is no CUDA device {index}: {n} found{note}",
-            cure or "set BACKPROP_GPU_DEVICE to one that exists, or look at CUDA_VISIBLE_DEVICES",
-        )
-    try:
-        with cupy.cuda.Device(index):
-            x = cupy.zeros(1, dtype=cupy.int32)
-            cupy.RawKernel(kernel_source("probe.cu"), "probe")((1,), (1,), (x,))
-            result = int(x[0])
-            name = cupy.cuda.runtime.getDeviceProperties(index)["name"]
-    except Exception as e:
-        return _Unusable(f"the GPU does not run kernels: {_line(e)}{note}", cure or _cure_of_kernel(e))
-    if result != 7:
-        return _Unusable(
-            f"the GPU computes wrong results{note}", cure or "check the GPU and its driver with nvidia-smi"
-        )
-    return cupy, name.decode() if isinstance(name, bytes) else str(name)
+        return Machine(fault=_or_several_packages(_no_import(e)))
+    card: dict[str, Any] = {}
+    fault = _wrong_build(cupy) or _no_device(cupy, index)
+    if fault is None:
+        card = _card(cupy, index)
+        fault = _refusal(card) or _failure(cupy, card)
+    if cache_trouble:
+        log.info("CuPy keeps its compiled kernels in memory: %s", cache_trouble)
+    _cuda_started = _cuda_started or fault is None
+    return Machine(cupy, card, fault and _or_several_packages(fault))
 
 
-def _no_import(e: Exception) -> _Unusable:
-    installed = [wheel for wheel in WHEELS if _is_installed(wheel)]
-    absent = isinstance(e, ModuleNotFoundError) and e.name == "cupy"
-    if installed and (absent or isinstance(e, AttributeError)):
-        return _Unusable(
-            f"CuPy's files are missing although {installed[0]} is installed",
-            _one_wheel() if len(installed) > 1 else f"pip install --force-reinstall --no-deps {installed[0]}",
-        )
-    if absent or isinstance(e, AttributeError):
+def _or_several_packages(fault: Fault) -> Fault:
+    """The fault; where several packages bring CuPy, whatever is wrong starts there, and so does the cure."""
+    if len(cupy_builds()) < 2:
+        return fault
+    return replace(fault, cause=f"{fault.cause}; several CuPy packages are installed", cure=one_build())
+
+
+def _no_import(e: Exception) -> Fault:
+    builds = cupy_builds()
+    absent = isinstance(e, AttributeError) or (isinstance(e, ModuleNotFoundError) and e.name == "cupy")
+    if absent and builds:
+        cure = f"pip install --force-reinstall --no-deps {builds[0]}"
+        return Fault("packages", f"CuPy's files are missing although {builds[0]} is installed", cure)
+    if absent:
         there = "" if driver_cuda() else "this machine has no NVIDIA driver; on one that has: "
-        return _Unusable("CuPy is not installed", f"{there}pip install {_wheel()}", installed=False)
+        return Fault("cupy", "CuPy is not installed", f"{there}pip install {wheel()}")
+    cause = f"CuPy does not import: {_line(e)}"
+    if _is_of_the_disk(e):
+        return Fault("cache", cause, CACHE_CURE)
     if "numpy" in str(e).lower():
-        return _Unusable(f"CuPy does not import: {_line(e)}", "pip install -U numpy")
-    return _Unusable(f"CuPy does not import: {_line(e)}", f"pip install --force-reinstall {_wheel()}")
+        return Fault("packages", cause, "pip install -U numpy")
+    kind = "libraries" if _names_a_library(e) else "packages"
+    return Fault(kind, cause, f"pip install --force-reinstall {wheel()}")
 
 
-def _no_device(e: Exception, cupy: ModuleType, note: str, cure: str) -> _Unusable:
-    status = getattr(e, "status", None)
-    if status == 35:  # cudaErrorInsufficientDriver: also what no driver at all gives
-        try:
-            driver = cupy.cuda.runtime.driverGetVersion()
-        except Exception:
-            driver = 0
-        if driver:
-            cause = f"the NVIDIA driver is too old: it runs CUDA up to {driver // 1000}.{driver % 1000 // 10}"
-            return _Unusable(cause + note, cure or f"update the driver, or pip install {_wheel(driver)}")
-        return _Unusable(f"there is no NVIDIA driver{note}", cure or "install the driver, or go on with NumPy")
-    if status == 100:  # cudaErrorNoDevice
-        return _Unusable(f"there is no CUDA device{note}", cure or "look at CUDA_VISIBLE_DEVICES and nvidia-smi")
-    return _Unusable(
-        f"CUDA does not start: {_line(e)}{note}", cure or "check the driver with nvidia-smi, or restart the machine"
-    )
+def _wrong_build(cupy: ModuleType) -> Fault | None:
+    version = str(getattr(cupy, "__version__", "0"))
+    if getattr(cupy.cuda.runtime, "is_hip", False):
+        return Fault("packages", f"this CuPy {version} is built for AMD's ROCm", one_build())
+    if version.partition(".")[0].isdecimal() and int(version.partition(".")[0]) < 14:
+        return Fault("packages", f"CuPy {version} is too old", f"pip install -U {wheel()}")
+    return None
 
 
-def _cure_of_kernel(e: Exception) -> str:
-    if type(e).__name__ == "DynamicLibNotFoundError" or "nvrtc" in str(e).lower():
-        return f"pip install {_wheel()}: it brings the compiler and headers that CuPy needs"
-    return "check with nvidia-smi that the GPU is free and works"
+def _no_device(cupy: ModuleType, index: int) -> Fault | None:
+    try:
+        n = cupy.cuda.runtime.getDeviceCount()
+    except Exception as e:
+        status = getattr(e, "status", None)
+        if status == _INSUFFICIENT_DRIVER:  # also what no driver at all gives
+            return _old_driver(cupy)
+        if locked := [p for p in glob.glob("/dev/nvidia*") if not os.access(p, os.R_OK | os.W_OK)]:
+            cure = f"give this user the right to read and write {locked[0]}"
+            return Fault("driver", f"this user may not use {locked[0]}: {_line(e)}", cure)
+        if status == _NO_DEVICE:
+            cure = "look at CUDA_VISIBLE_DEVICES and nvidia-smi -L; a card in MIG mode needs a slice"
+            return Fault("driver", "there is no CUDA device", cure)
+        cure = "check the driver with nvidia-smi, or restart the machine"
+        return Fault("driver", f"CUDA does not start: {_line(e)}", cure)
+    if index < n:
+        return None
+    cure = "set BACKPROP_GPU_DEVICE to one that exists, or look at CUDA_VISIBLE_DEVICES"
+    if n and _card(cupy, 0)["mig"]:
+        cure = "a process sees one MIG slice: name it in CUDA_VISIBLE_DEVICES (nvidia-smi -L) and take device 0"
+    return Fault("driver", f"there is no CUDA device {index}: {n} found", cure)
 
 
-def _one_wheel() -> str:
-    return f"pip uninstall -y {' '.join(WHEELS)}, then pip install {_wheel()}"
+def _old_driver(cupy: ModuleType) -> Fault:
+    driver = _known(lambda: cupy.cuda.runtime.driverGetVersion()) or 0
+    built = _known(lambda: cupy.cuda.runtime.runtimeGetVersion()) or 0
+    if not driver:
+        return Fault("driver", "there is no NVIDIA driver", "install the driver, or go on with NumPy")
+    if 12000 <= driver < built // 1000 * 1000:  # there is a CuPy for this driver, only not this one
+        cause = f"CuPy is built for CUDA {cuda_version(built)}, the driver runs CUDA up to {cuda_version(driver)}"
+        return Fault("packages", cause, f"{one_build(driver)}; or update the driver")
+    cause = f"the NVIDIA driver is too old: it runs CUDA up to {cuda_version(driver)}, CuPy wants {cuda_version(built)}"
+    return Fault("driver", cause, "update the driver, or go on with NumPy")
 
 
-def _wheel(driver: int | None = None) -> str:
+def _card(cupy: ModuleType, index: int) -> dict[str, Any]:
+    """Facts about device `index`, each None where CuPy does not tell; asking starts nothing on the device."""
+    runtime = cupy.cuda.runtime
+    of = _known(lambda: runtime.getDeviceProperties(index)) or {}
+    name = of.get("name", f"CUDA device {index}")
+    name = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+    slice_ = re.search(r"\bMIG (\S+)", name)
+    mode = _known(lambda: runtime.deviceGetAttribute(runtime.cudaDevAttrComputeMode, index))
+    return {
+        "index": index,
+        "name": name,
+        "compute_capability": f"{of['major']}.{of['minor']}" if "major" in of and "minor" in of else None,
+        "multiprocessors": of.get("multiProcessorCount"),
+        "memory_total": of.get("totalGlobalMem"),
+        "compute_mode": COMPUTE_MODES.get(mode) if mode is not None else None,
+        "mig": slice_[1] if slice_ else None,
+    }
+
+
+def _known(ask: Callable[[], Any]) -> Any:
+    """What `ask()` gives, None where it raises."""
+    try:
+        return ask()
+    except Exception:
+        return None
+
+
+def _refusal(card: dict[str, Any]) -> Fault | None:
+    capability = card["compute_capability"]
+    if capability and tuple(map(int, capability.split("."))) < CAPABILITY:
+        least = ".".join(map(str, CAPABILITY))
+        cause = f"{card['name']} has compute capability {capability}; the kernels need {least}"
+        return Fault("gpu", cause, "take a newer GPU (BACKPROP_GPU_DEVICE), or go on with NumPy")
+    if card["compute_mode"] == "prohibited":
+        return Fault("gpu", f"the compute mode of GPU {card['index']} is prohibited", DEFAULT_MODE)
+    return None
+
+
+def _failure(cupy: ModuleType, card: dict[str, Any], in_memory: bool = False) -> Fault | None:
+    """What goes wrong when the device computes."""
+    try:
+        if _computes(cupy, card["index"]):
+            return None
+    except Exception as e:
+        if _is_of_the_disk(e) and not in_memory:  # a kernel cache that is full, or another user's
+            _keep_kernels_in_memory(_line(e))
+            return _failure(cupy, card, in_memory=True)
+        return _why(e, card)
+    return Fault("gpu", "the GPU computes wrong results", "check the GPU and its driver with nvidia-smi")
+
+
+def _why(e: Exception, card: dict[str, Any]) -> Fault:
+    cause = f"the GPU does not run kernels: {_line(e)}"
+    if getattr(e, "status", None) == _DEVICES_UNAVAILABLE:
+        if card["compute_mode"] != "exclusive process":
+            return Fault("gpu", cause, "look with nvidia-smi for the process that holds the GPU")
+        cause = f"another process holds GPU {card['index']}, whose compute mode is exclusive process"
+        return Fault("gpu", cause, f"wait for that process (nvidia-smi shows it), or {DEFAULT_MODE}")
+    if _is_of_the_disk(e):
+        return Fault("cache", cause, CACHE_CURE)
+    if "INVALID_IMAGE" in str(e):
+        return Fault("cache", cause, f"empty {_cache_folder()}, where a compiled kernel is damaged, or {CACHE_CURE}")
+    if _names_a_library(e):
+        return Fault("libraries", cause, LIBRARIES_CURE.format(wheel()))
+    return Fault("gpu", cause, "check with nvidia-smi that the GPU is free and works")
+
+
+def _computes(cupy: ModuleType, index: int) -> bool:
+    """Whether a kernel of ours (NVRTC), one of CuPy's (CUDA's headers) and a product (cuBLAS) give what they should."""
+    with cupy.cuda.Device(index):
+        x = cupy.zeros(1, dtype=cupy.int32)
+        cupy.RawKernel(cuda_source.read("probe.cu"), "probe")((1,), (1,), (x,))
+        M = cupy.asarray(np.array([[0, 1], [2, 3]], np.float32))
+        product = cupy.matmul(M, M + 1)
+        return int(x[0]) == 7 and product.get().tolist() == [[3, 4], [11, 16]]
+
+
+def _names_a_library(e: Exception) -> bool:
+    missing = r"nvrtc|lib\w+\.so|\w+\.dll|DLL load failed|cannot open source file"
+    return re.search(missing, str(e), re.IGNORECASE) is not None
+
+
+def _is_of_the_disk(e: Exception) -> bool:
+    return isinstance(e, OSError) and e.errno is not None  # without a number: a library that does not load
+
+
+# ------------------------------------------------------------------------------------------ CuPy's kernel cache
+
+cache_trouble = ""  # why this process keeps its kernels in memory, where it does
+
+
+def _cache_folder() -> str:
+    return os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))  # as CuPy finds it
+
+
+def unwritable_cache() -> str:
+    """Why CuPy cannot write its compiled kernels, else nothing; looks only, and makes no folder."""
+    folder = there = _cache_folder()
+    if os.environ.get("CUPY_CACHE_IN_MEMORY") == "1" and os.path.isdir(folder):
+        return ""
+    while there and not os.path.lexists(there):
+        there = os.path.dirname(there)
+    usable = folder and os.path.isdir(there or os.curdir) and os.access(there or os.curdir, os.W_OK | os.X_OK)
+    return "" if usable else f"the folder {folder or repr(folder)} cannot be written"
+
+
+def _keep_kernels_in_memory(trouble: str) -> None:
+    global cache_trouble
+    cache_trouble = trouble
+    os.environ["CUPY_CACHE_IN_MEMORY"] = "1"  # read by each compilation
+    if "cupy" not in sys.modules and not os.path.isdir(_cache_folder()):
+        # CuPy makes the folder while it is imported, wanted or not, and fails if it cannot: name one that exists.
+        os.environ["CUPY_CACHE_DIR"] = os.path.abspath(os.sep)
+
+
+# ------------------------------------------------------------------------------------------ packages and driver
+
+
+def cupy_packages() -> dict[str, str]:
+    """The installed distributions whose name begins with cupy, and their versions."""
+    import importlib.metadata  # costs more than the rest of this package together
+
+    found = {}
+    for one in importlib.metadata.distributions():
+        text = one.read_text("METADATA") or one.read_text("PKG-INFO") or ""  # parsing each would take long
+        if name := re.search(r"^Name: *(cupy\S*)", text, re.IGNORECASE | re.MULTILINE):
+            found[name[1].lower().replace("_", "-")] = one.version
+    return dict(sorted(found.items()))
+
+
+def cupy_builds() -> list[str]:
+    """Those of them that bring a module `cupy`; where they are several, they overwrite each other."""
+    return [name for name in cupy_packages() if re.fullmatch(r"cupy(-cuda\w+|-rocm[-\w]*)?", name)]
+
+
+def one_build(driver: int | None = None) -> str:
+    """The cure for builds of CuPy that do not fit: all of them out, the one that fits the driver in."""
+    return f"pip uninstall -y {' '.join(cupy_builds() or WHEELS)}, then pip install {wheel(driver)}"
+
+
+def wheel(driver: int | None = None) -> str:
     """What to give pip for the driver on this machine."""
     return f"'cupy-cuda{'13x' if (driver or driver_cuda()) >= 13000 else '12x'}[ctk]'"
+
+
+def cuda_version(number: int) -> str:
+    """CUDA's number for a version, in words: 12090 is 12.9."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def driver_cuda() -> int:
@@ -249,16 +454,8 @@ def driver_cuda() -> int:
     return version.value
 
 
-def _is_installed(distribution: str) -> bool:
-    import importlib.metadata  # costs more than the rest of this package together
-
-    try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def _line(e: Exception) -> str:
-    lines = str(e).strip().splitlines()
-    return f"{type(e).__name__}: {lines[-1].strip()}" if lines else type(e).__name__
+    """The one line of an error that says most: compilers tell it first, CuPy frames it in ====, others tell it last."""
+    lines = [line.strip() for line in str(e).splitlines() if re.search(r"\w", line)]
+    told = [line for line in lines if re.search(r"error: \S", line, re.IGNORECASE)] or lines[-1:]
+    return ": ".join([type(e).__name__, *told[:1]])

@@ -37,6 +37,8 @@ THREADS = 256  # a block
 MOST_BLOCKS = 1024  # of elementwise kernels, which walk on in strides of the grid; several for each multiprocessor
 MOST_PARTS = 256  # of a sum over a flat vector
 CHUNK = 256  # rows that a block sums before it pays to share them out
+NARROW = 64  # columns up to which measure.cu gives a row to one thread
+_STRIP = 32, 16  # the block of sums.cuh
 LONG_ROW = 1024  # columns from which a block works on a row, not a warp
 
 # ---------------------------------------------------------------------------------------------- memory and launches
@@ -189,7 +191,7 @@ def output(g: Activation, Z: Array, A: Array) -> None:
 def share(w: Array, out: Array) -> None:
     """out = w_i / sum w, the part of each sample in the mean cost; all 0 where w is."""
     _same_shape(w.shape, out)
-    _launch(_kernel("share.cu", "share", w.dtype), (1,), (THREADS,), w, out, w.size)
+    _launch(_kernel("share.cu", "share", w.dtype), (1,), (1024,), w, out, w.size)
 
 
 def output_delta(
@@ -216,24 +218,32 @@ def output_delta(
         _sum_columns(Delta, db)
 
 
-def _strips(m: int, n: int, dtype: np.dtype[Any]) -> tuple[int, int, int]:
-    """Strips of columns, chunks of rows, and rows a chunk, of a sum down the columns."""
-    wide = 16 // dtype.itemsize
-    strips = -(-n // (32 * wide if n % wide == 0 else 32))
-    chunks = min(-(-m // CHUNK), max(1, MOST_PARTS // strips))
-    chunk_rows = -(-m // chunks)
-    return min(strips, MOST_BLOCKS), -(-m // chunk_rows), chunk_rows
+class _Strips(NamedTuple):
+    """How a matrix is cut for a sum down its columns."""
+
+    grid: tuple[int, int]  # strips of columns, chunks of rows
+    chunk_rows: int
+    wide: bool  # 16 bytes a thread, not one number
+
+
+def _strips(m: int, n: int, dtype: np.dtype[Any]) -> _Strips:
+    """Chosen by the shape alone, so that the bits are too: wide where there are blocks enough for a whole GPU then."""
+    chunk_rows = -(-m // min(-(-m // CHUNK), MOST_PARTS))
+    chunks, width = -(-m // chunk_rows), 16 // dtype.itemsize
+    wide = n % width == 0 and chunks * n >= MOST_PARTS * 32 * width
+    return _Strips((min(-(-n // (32 * width if wide else 32)), MOST_BLOCKS), chunks), chunk_rows, wide)
 
 
 def _in_strips(kernel: _Kernel, M: Array, db: Array | None, *before: Array | None) -> None:
     """Launch a kernel that sums M (m, n), or what it makes of M, down the columns, into db if there is one."""
     m, n = M.shape
-    strips, chunks, chunk_rows = _strips(m, n, M.dtype)
+    cut = _strips(m, n, M.dtype)
+    chunks = cut.grid[1]
     partial = db if db is None or chunks == 1 else scratch("partial sums", (chunks, n), M.dtype)
-    _launch(kernel, (strips, chunks), (32, 8), *before, M, partial, m, n, chunk_rows)
+    _launch(kernel, cut.grid, _STRIP, *before, M, partial, m, n, cut.chunk_rows, cut.wide)
     if db is not None and chunks > 1:
         kernel = _kernel("column_sums.cu", "column_sums", M.dtype)
-        _launch(kernel, (strips, 1), (32, 8), partial, db, chunks, n, chunks)
+        _launch(kernel, (cut.grid[0], 1), _STRIP, partial, db, chunks, n, chunks, cut.wide)
 
 
 def _sum_columns(M: Array, db: Array) -> None:
@@ -287,8 +297,8 @@ def measure(task: str, g: Activation, Z: Array, T: Array, C: Array, w: Array | N
     if task == "labels" and not g.increasing:
         scores = scratch("outputs", Z.shape, Z.dtype)
         output(g, Z, scores)
-    chunks = min(-(-m // CHUNK), MOST_PARTS)
-    chunk_rows = -(-m // chunks)
+    per_block = CHUNK if K <= NARROW else CHUNK // 8
+    chunk_rows = -(-m // min(-(-m // per_block), MOST_PARTS))
     chunks = -(-m // chunk_rows)
     pairs = out if chunks == 1 else scratch("pairs", (chunks, 2), np.float64)
     targets = (T, None) if T.ndim == 1 else (None, T)

@@ -19,7 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import __version__
-from .backend import WHEELS, Backend, driver_cuda
+from . import backend as backends
+from .backend import Backend, Machine
+from .errors import ConfigError
 from .training import Run
 
 STOPPED = {
@@ -107,22 +109,23 @@ def _percent(what: str, share: float | None) -> str:
     return "" if share is None else f"{what} {100 * share:.2f} %"
 
 
-def versions(backend: Backend) -> dict[str, str | None]:
-    """Versions of what a run depends on; None for what is not installed."""
+def versions(cupy: Any = None) -> dict[str, str | None]:
+    """Versions of what a run depends on, CUDA's as `cupy` tells them; None for what is not found."""
     found: dict[str, str | None] = {"backprop_gpu": __version__, "python": platform.python_version()}
-    for name in ("numpy", "click", "rich", "safetensors", *WHEELS):
+    for name in ("numpy", "click", "rich", "safetensors"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
-    if backend.name == "cupy":
-        found["cuda_runtime"] = _cuda(backend.xp.cuda.runtime.runtimeGetVersion())
-    found["cuda_driver"] = _cuda(driver_cuda())
+    found |= dict.fromkeys(backends.WHEELS) | backends.cupy_packages()
+    found["nvrtc"] = found["cuda_runtime"] = None
+    with contextlib.suppress(Exception):
+        found["nvrtc"] = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
+    with contextlib.suppress(Exception):
+        found["cuda_runtime"] = backends.cuda_version(cupy.cuda.runtime.runtimeGetVersion())
+    driver = backends.driver_cuda()
+    found["cuda_driver"] = backends.cuda_version(driver) if driver else None
     return found
-
-
-def _cuda(version: int) -> str | None:
-    return f"{version // 1000}.{version % 1000 // 10}" if version else None
 
 
 def blas() -> dict[str, Any]:
@@ -148,18 +151,70 @@ def blas() -> dict[str, Any]:
 
 
 def doctor(backend: Backend) -> dict[str, Any]:
-    """What this machine is made of, as far as a run depends on it."""
+    """What this machine is made of, as far as a run depends on it, and what keeps a GPU from use; never raises."""
+    try:
+        index = backends.device_index()
+    except ConfigError:
+        index = 0
+    machine = backends.examine(index)
+    found = versions(machine.cupy)
     return {
         "backend": backend.name,
         "reason": backend.reason,
         "cure": backend.cure or None,
         "device": backend.device,
-        "versions": versions(backend),
+        "rung": rung(backend),
+        "gpu": gpu(machine),
+        "faults": faults(machine, found),
+        "versions": found,
         "blas": blas(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "platform": platform.platform(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
     }
+
+
+def rung(backend: Backend) -> dict[str, str]:
+    """How a run is executed, and why not faster."""
+    if backend.name == "numpy":
+        return {"name": "numpy", "reason": backend.reason}
+    return {"name": "eager kernels", "reason": f"{backend.reason}; each operation is launched from Python"}
+
+
+def gpu(machine: Machine) -> dict[str, Any] | None:
+    """Facts about the card, if there is one; its free memory (bytes) only where it may be used."""
+    if not machine.card:
+        return None
+    found = {**machine.card, "memory_free": None}
+    if machine.fault is None:
+        with contextlib.suppress(Exception), machine.cupy.cuda.Device(machine.card["index"]):
+            found["memory_free"] = machine.cupy.cuda.runtime.memGetInfo()[0]
+    return found
+
+
+def faults(machine: Machine, found: dict[str, str | None]) -> list[dict[str, Any]]:
+    """Each kind of fault that can keep a GPU from being used: whether it was found, what it says, its cure.
+
+    A trial ends at its first fault; kinds that only a later part of it can show say "not looked for".
+    """
+    first, seen = machine.fault, {}
+    if len(builds := backends.cupy_builds()) > 1:
+        seen["packages"] = (f"several CuPy packages are installed: {', '.join(builds)}", backends.one_build())
+    if (trouble := backends.cache_trouble or backends.unwritable_cache()) and machine.cupy:
+        seen["cache"] = (f"CuPy cannot keep compiled kernels: {trouble}", backends.CACHE_CURE)
+    if first and first.kind in ("cupy", "packages") and found["cuda_driver"] is None:
+        seen["driver"] = ("there is no NVIDIA driver", "install the driver, or go on with NumPy")
+    if first and machine.cupy and found["nvrtc"] is None:
+        seen["libraries"] = ("NVRTC is not found", backends.LIBRARIES_CURE.format(backends.wheel()))
+    if first:
+        seen[first.kind] = (first.cause, first.cure)
+    kinds = list(backends.FAULTS)
+    later = kinds[kinds.index(first.kind) + 1 : kinds.index("cache")] if first else []
+    told = []
+    for kind in kinds:
+        says, cure = seen.get(kind, ("not looked for" if kind in later else None, None))
+        told.append({"fault": kind, "found": kind in seen, "says": says, "cure": cure})
+    return told
 
 
 _VARIABLES = ("BACKPROP_GPU_", "CUDA_VISIBLE_DEVICES", "CUPY_", "OMP_NUM_THREADS", "OPENBLAS_", "MKL_NUM_THREADS")
@@ -169,11 +224,13 @@ def doctor_text(found: dict[str, Any]) -> str:
     """`doctor` for people."""
     b, of = found["blas"], dict(found["versions"])
     driver = of.pop("cuda_driver")
-    lines = [f"backend      {found['backend']}: {found['reason']}"]
-    if found["cure"]:
-        lines.append(f"for a GPU    {found['cure']}")
-    lines += [
+    lines = [
+        f"backend      {found['backend']}: {found['reason']}",
+        f"rung         {found['rung']['name']}: {found['rung']['reason']}",
+        *(f"fault        {f['fault']}: {f['says']}; cure: {f['cure']}" for f in found["faults"] if f["found"]),
+        _no_faults(found["faults"]),
         f"device       {found['device']}, {found['cpus']} CPU cores, {found['platform']}",
+        *_gpu_text(found["gpu"]),
         f"BLAS         {b['name']} {b['version']}"
         + (f", {b['core']} kernels, {b['threads']} threads" if b["threads"] else ", threads unknown"),
         *(f"{name:<12} {version or 'not installed'}" for name, version in of.items()),
@@ -181,6 +238,28 @@ def doctor_text(found: dict[str, Any]) -> str:
         *(f"environment  {k}={v}" for k, v in found["environment"].items()),
     ]
     return "\n".join(lines)
+
+
+def _no_faults(told: list[dict[str, Any]]) -> str:
+    absent = [f["fault"] for f in told if not f["found"] and not f["says"]]
+    later = [f["fault"] for f in told if not f["found"] and f["says"]]
+    return f"no fault     {', '.join(absent) or 'none'}" + (f"; not looked for: {', '.join(later)}" if later else "")
+
+
+def _gpu_text(card: dict[str, Any] | None) -> list[str]:
+    if card is None:
+        return []
+    gib = {key: f"{(card[key] or 0) / 2**30:.1f} GiB" for key in ("memory_total", "memory_free")}
+    words = {
+        "compute_capability": f"compute capability {card['compute_capability']}",
+        "multiprocessors": f"{card['multiprocessors']} multiprocessors",
+        "memory_total": f"{gib['memory_total']} of memory",
+        "memory_free": f"{gib['memory_free']} of it free",
+        "compute_mode": f"compute mode {card['compute_mode']}",
+        "mig": f"MIG slice {card['mig']}",
+    }
+    known = (text for key, text in words.items() if card[key] is not None)
+    return [", ".join([f"GPU          {card['index']}: {card['name']}", *known])]
 
 
 def plain(value: Any) -> Any:

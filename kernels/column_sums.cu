@@ -1,16 +1,19 @@
 // db = Delta 1: sums down the columns of M (m, n), into partial (chunks, n), one row for each chunk_rows rows of M.
 //
-// Bytes moved: 4 m n read (float). Grid (strips of 32 or 128 columns, chunks), block (32, 8).
+// `wide`: whether a thread takes 16 bytes of a row, where M allows it, or one number. Bytes moved: 4 m n read (float). Grid
+// (strips of 32 numbers or accesses, chunks), block (32, 16).
 #include "sums.cuh"
 
-template <int N> __device__ void column_sums(const real* M, real* partial, long long m, int n, long long chunk_rows) {
-    sum_columns<N>(partial, m, n, chunk_rows, [&](long long i) { return load<N>(M, i); });
+template <int N> __device__ void run(const real* M, real* partial, long long m, int n, long long chunk_rows) {
+    sum_columns<N>(
+        partial, m, n, chunk_rows, [&](long long i) { return load<N>(M, i); },
+        [](long long, const Pack<real, N>& x) { return x; });
 }
 
 extern "C" __global__ void column_sums(const real* __restrict__ M, real* __restrict__ partial, long long m, int n,
-                                       long long chunk_rows) {
-    if (n % WIDE == 0 && aligned<WIDE>(M))
-        column_sums<WIDE>(M, partial, m, n, chunk_rows);
+                                       long long chunk_rows, int wide) {
+    if (wide && n % WIDE == 0 && aligned<WIDE>(M))
+        run<WIDE>(M, partial, m, n, chunk_rows);
     else
-        column_sums<1>(M, partial, m, n, chunk_rows);
+        run<1>(M, partial, m, n, chunk_rows);
 }

@@ -53,6 +53,14 @@ struct Walk {
     }
 };
 
+// Runs f(i, pack) for each i-th pack of n elements, WIDE at a time where every vector is aligned, the rest one by one.
+template <class F> __device__ __forceinline__ void over(long long n, bool wide, F f) {
+    const long long start = (long long)blockIdx.x * blockDim.x + threadIdx.x, stride = (long long)gridDim.x * blockDim.x;
+    const long long packs = wide ? n / WIDE : 0;
+    for (long long i = start; i < packs; i += stride) f(i, Pack<real, WIDE>());
+    for (long long i = packs * WIDE + start; i < n; i += stride) f(i, Pack<real, 1>());
+}
+
 struct Sum { template <class T> __device__ T operator()(T a, T b) const { return a + b; } };
 struct Largest {  // a NaN beats every number
     template <class T> __device__ T operator()(T a, T b) const { return a > b || a != a ? a : b; }

@@ -5,27 +5,54 @@
 //     LABELS     right where the first largest score is at the label, or at the first largest t_k
 //     ONES       right where z_k > 0 agrees with t_k > 1/2 for all k
 //     NOTHING    never
-// A warp a row, a block of 256 threads a chunk. Bytes moved: 4 m K (float). `add_pairs` adds the chunks in order.
+// A block of 256 threads a chunk; a thread a row, or a warp a row where rows are longer than NARROW. Bytes moved: 4 m K
+// (float). `add_pairs` adds the chunks in order.
 #include "common.cuh"
+
+constexpr int NARROW = 64;
 
 enum Task { NOTHING, LABELS, ONES };
 
-struct Best {  // a score and where it stands; a NaN beats every number, the first of equals stands
+struct Best {  // a score and where it stands
     real score;
     int at;
 };
-__device__ Best better(Best a, Best b) {
+__device__ Best better(Best a, Best b) {  // a NaN beats every number; of equals the first
     const bool ties = a.score == b.score || (a.score != a.score && b.score != b.score);
     if (ties) return a.at < b.at ? a : b;
     return a.score > b.score || a.score != a.score ? a : b;
 }
-__device__ int first_largest(const real* row, int K) {  // of the whole warp's columns, in every lane
+
+// Of a row that LANES neighbours share, in all of them.
+template <int LANES> __device__ int first_largest(const real* row, int K) {
     Best best = {-infinity(), K};
-    for (int k = threadIdx.x % WARP; k < K; k += WARP) best = better(best, {row[k], k});
+    for (int k = threadIdx.x % LANES; k < K; k += LANES) best = better(best, {row[k], k});
 #pragma unroll
-    for (int lane = WARP / 2; lane > 0; lane /= 2)
+    for (int lane = LANES / 2; lane > 0; lane /= 2)
         best = better(best, {__shfl_xor_sync(ALL, best.score, lane), __shfl_xor_sync(ALL, best.at, lane)});
     return best.at;
+}
+template <int LANES> __device__ bool same_ones(const real* row, const real* t, int K) {
+    bool agree = true;
+    for (int k = threadIdx.x % LANES; k < K; k += LANES) agree &= (row[k] > 0) == (t[k] > real(0.5));
+    return LANES == 1 ? agree : __all_sync(ALL, agree);
+}
+
+// How many of the rows first .. last - 1 are right: this thread's share of the count.
+template <int LANES>
+__device__ int count_right(const real* scores, const long long* labels, const real* T, int task, long long first,
+                           long long last, int K) {
+    int right = 0;
+    for (long long i = first + threadIdx.x / LANES; i < last; i += blockDim.x / LANES) {
+        const real* row = scores + i * K;
+        bool hit;
+        if (task == LABELS)
+            hit = first_largest<LANES>(row, K) == (labels ? labels[i] : first_largest<LANES>(T + i * K, K));
+        else
+            hit = same_ones<LANES>(row, T + i * K, K);
+        right += hit && threadIdx.x % LANES == 0;
+    }
+    return right;
 }
 
 // Adds up the pairs of a block of 256 threads, in a fixed order, into out[0] and out[1].
@@ -41,25 +68,13 @@ __device__ void add_block(double cost, double right, double* out) {
 extern "C" __global__ void measure(const real* __restrict__ scores, const long long* __restrict__ labels,
                                    const real* __restrict__ T, const real* __restrict__ C, const real* __restrict__ w,
                                    int task, double* __restrict__ out, long long m, int K, long long chunk_rows) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const long long first = blockIdx.x * chunk_rows, last = first + chunk_rows < m ? first + chunk_rows : m;
     double cost = 0, right = 0;
     for (long long i = first + threadIdx.x; i < last; i += blockDim.x)
         cost += (w ? double(w[i]) : 1.0) * double(C[i]);
     if (task != NOTHING)
-        for (long long i = first + warp; i < last; i += blockDim.x / WARP) {
-            const real* row = scores + i * K;
-            bool hit;
-            if (task == LABELS) {
-                const int found = first_largest(row, K);
-                hit = found == (labels ? labels[i] : first_largest(T + i * K, K));
-            } else {
-                bool agree = true;
-                for (int k = lane; k < K; k += WARP) agree &= (row[k] > 0) == (T[i * K + k] > real(0.5));
-                hit = __all_sync(ALL, agree);
-            }
-            if (lane == 0) right += hit;
-        }
+        right = K <= NARROW ? count_right<1>(scores, labels, T, task, first, last, K)
+                            : count_right<WARP>(scores, labels, T, task, first, last, K);
     add_block(cost, right, out + 2 * blockIdx.x);
 }
 

@@ -12,14 +12,26 @@ extern "C" __global__ void penalize(const real* __restrict__ theta, const real* 
                                     real* __restrict__ g, real l1, real l2, real clip_value, double* __restrict__ before,
                                     double* __restrict__ after, long long n) {
     double sum_before = 0, sum_after = 0;
-    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (long long)gridDim.x * blockDim.x) {
-        real x = g[i];
-        if (l1 != 0 || l2 != 0) x += (l2 * theta[i] + l1 * sign(theta[i])) * is_weight[i];
-        sum_before += x * x;
-        if (clip_value > 0) x = x > clip_value ? clip_value : x < -clip_value ? -clip_value : x;
-        sum_after += x * x;
-        g[i] = x;
-    }
+    over(n, aligned<WIDE>(theta) && aligned<WIDE>(is_weight) && aligned<WIDE>(g), [&](long long i, auto pack) {
+        constexpr int N = sizeof(pack) / sizeof(real);
+        auto x = load<N>(g, i);
+        if (l1 != 0 || l2 != 0) {
+            const auto w = load<N>(theta, i), weight = load<N>(is_weight, i);
+#pragma unroll
+            for (int j = 0; j < N; ++j) x.v[j] += (l2 * w.v[j] + l1 * sign(w.v[j])) * weight.v[j];
+        }
+        real before_here = 0, after_here = 0;
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const real y = x.v[j];
+            before_here += y * y;
+            if (clip_value > 0) x.v[j] = y > clip_value ? clip_value : y < -clip_value ? -clip_value : y;
+            after_here += x.v[j] * x.v[j];
+        }
+        sum_before += before_here;
+        sum_after += after_here;
+        store<N>(g, i, x);
+    });
     sum_before = join_row(sum_before, Sum(), 0.0);
     sum_after = join_row(sum_after, Sum(), 0.0);
     if (threadIdx.x == 0) {
@@ -40,6 +52,11 @@ extern "C" __global__ void clip(real* __restrict__ g, const double* __restrict__
     sum_after = join_row(sum_after, Sum(), 0.0);
     const real length = sqrt(real(sum_after)), factor = clip_norm > 0 && length > clip_norm ? clip_norm / length : real(1);
     const bool hidden = !is_finite(real(sum_before));
-    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (long long)gridDim.x * blockDim.x)
-        g[i] = i == 0 && hidden ? not_a_number() : g[i] * factor;
+    over(n, aligned<WIDE>(g), [&](long long i, auto pack) {
+        constexpr int N = sizeof(pack) / sizeof(real);
+        auto x = load<N>(g, i);
+#pragma unroll
+        for (int j = 0; j < N; ++j) x.v[j] = i == 0 && j == 0 && hidden ? not_a_number() : x.v[j] * factor;
+        store<N>(g, i, x);
+    });
 }

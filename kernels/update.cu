@@ -9,14 +9,6 @@
 
 constexpr double HUGE = 1e12;  // a step is about lr, or lr |g|: only greater ones are computed to see where they lead
 
-// Runs f(i, pack) for each i-th pack of n elements, WIDE at a time where every vector is aligned, the rest one by one.
-template <class F> __device__ __forceinline__ void over(long long n, bool wide, F f) {
-    const long long start = (long long)blockIdx.x * blockDim.x + threadIdx.x, stride = (long long)gridDim.x * blockDim.x;
-    const long long packs = wide ? n / WIDE : 0;
-    for (long long i = start; i < packs; i += stride) f(i, Pack<real, WIDE>());
-    for (long long i = packs * WIDE + start; i < n; i += stride) f(i, Pack<real, 1>());
-}
-
 __device__ __forceinline__ bool all_aligned(const real* theta, const real* g, const real* s0, const real* s1,
                                             const real* s2) {
     return aligned<WIDE>(theta) && aligned<WIDE>(g) && aligned<WIDE>(s0) && aligned<WIDE>(s1) && aligned<WIDE>(s2);

@@ -3,6 +3,7 @@
 import os
 
 import fake_cupy
+import kernels_on_cpu
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -21,6 +22,15 @@ def pytest_make_parametrize_id(config, val, argname):
     return argname if isinstance(val, bytes) else None
 
 
+def pytest_collection_finish(session):
+    """Where all kernels will be run, begin to build them now."""
+    if (
+        sum(item.path.name == "test_kernels.py" for item in session.items) > 1000
+        and not session.config.option.collectonly
+    ):
+        kernels_on_cpu.build_ahead()
+
+
 @pytest.fixture(autouse=True)
 def _numpy_unless_a_test_says_otherwise(monkeypatch):
     """Also in the processes that tests start; so the suite means the same on a machine with a GPU."""
@@ -28,7 +38,8 @@ def _numpy_unless_a_test_says_otherwise(monkeypatch):
     monkeypatch.delenv("BACKPROP_GPU_DEVICE", raising=False)
 
 
-def _real_gpu():
+def real_gpu():
+    """The CuPy backend; where there is no GPU the test is skipped, or fails if one is required."""
     try:
         return backends.choose("cupy")
     except bp.BackendError as e:
@@ -46,7 +57,7 @@ def backend(request):
         with fake_cupy.installed():
             yield backends.choose("cupy")
     else:
-        yield _real_gpu()
+        yield real_gpu()
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,20 @@
 
 import ctypes
 import importlib.util
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 OPTIONS = ("--std=c++17", "-ftz=true", "--device-as-default-execution-space", "--ptxas-options=-v")  # as CuPy's, and -v
+
+
+class Usage(NamedTuple):
+    """What one kernel takes: registers and bytes of stack and spills a thread, bytes of shared memory a block."""
+
+    registers: int
+    stack: int
+    spills: int
+    shared: int
 
 
 def load():
@@ -25,7 +36,7 @@ def architectures(nvrtc):
 
 
 def compile_for(nvrtc, source, name, arch):
-    """(whether it compiled, the compiler's log)."""
+    """(whether it compiled, the compiler's log). Several threads may compile at a time."""
     program = ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None)
     options = [o.encode() for o in (*OPTIONS, f"--gpu-architecture=sm_{arch}")]
@@ -36,3 +47,19 @@ def compile_for(nvrtc, source, name, arch):
     nvrtc.nvrtcGetProgramLog(program, log)
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     return status == 0, log.value.decode()
+
+
+def usage(log):
+    """{kernel: Usage}, from the log of a program that compiled; functions that a kernel calls count as its own."""
+    kernels = {}
+    for report in re.split(r"Compiling entry function ", log)[1:]:
+        name = re.match(r"'(\w+)'", report)[1]
+        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        shared = re.search(r"(\d+) bytes smem", report)
+        kernels[name] = Usage(
+            registers=int(re.search(r"Used (\d+) registers", report)[1]),
+            stack=sum(int(stack) for stack, _, _ in frames),
+            spills=sum(int(stores) + int(loads) for _, stores, loads in frames),
+            shared=int(shared[1]) if shared else 0,
+        )
+    return kernels

@@ -14,7 +14,7 @@ import nvrtc
 import pytest
 
 import backprop_gpu as bp
-from backprop_gpu import backend
+from backprop_gpu import cuda_source
 
 TOP = Path(__file__).resolve().parent.parent
 PACKAGE = Path(bp.__file__).parent
@@ -104,7 +104,7 @@ KERNELS = sorted(p.name for p in (TOP / "kernels").glob("*.cu"))
 def test_kernels_are_found_in_this_installation():
     assert KERNELS
     for name in KERNELS:
-        assert backend.kernel_source(name) == (TOP / "kernels" / name).read_text(encoding="utf-8")
+        assert cuda_source.read(name) == (TOP / "kernels" / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("arch", [70, 80, 90, 100, 120])
@@ -117,7 +117,7 @@ def test_every_kernel_compiles(arch):
     if arch not in nvrtc.architectures(library):
         pytest.skip(f"this NVRTC does not know sm_{arch}")
     for name in KERNELS:
-        compiled, log = nvrtc.compile_for(library, backend.kernel_source(name), name, arch)
+        compiled, log = nvrtc.compile_for(library, cuda_source.read(name), name, arch)
         assert compiled, log
         assert "0 bytes spill stores, 0 bytes spill loads" in log, log
 
@@ -133,9 +133,9 @@ def test_a_broken_kernel_does_not_compile():
 
 TRAIN = """
 import sys, backprop_gpu as bp
-from backprop_gpu import backend
+from backprop_gpu import cuda_source
 assert bp.__file__.startswith(sys.argv[1]), bp.__file__
-assert "probe" in backend.kernel_source("probe.cu")
+assert "probe" in cuda_source.read("probe.cu")
 train, test = bp.datasets.load("mnist")
 net = bp.Network([784, 16, 10])
 history = bp.train(net, train.images[:2000], train.labels[:2000], epochs=2)

@@ -211,7 +211,7 @@ def test_nothing_crosses_the_bus_inside_an_epoch(blobs):
 
         class Watch:
             def on_step(self, run):
-                seen.append((fake_cupy.Crossings.to_host, fake_cupy.Crossings.to_device))
+                seen.append((fake_cupy.Counts.to_host, fake_cupy.Counts.to_device))
 
             def __call__(self, run):
                 pass

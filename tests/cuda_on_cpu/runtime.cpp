@@ -1,0 +1,833 @@
+// Runs the kernels that emulator.h lets g++ compile: one block at a time, each CUDA thread a fiber, all on the caller's
+// thread. A unit built with -fsanitize=thread,undefined calls the hooks at the end of this file, for the sanitizers' own
+// libraries are not linked: they check every load and store by CUDA's rules. For x86-64 Linux.
+#define CUDA_ON_CPU_RUNTIME
+#include "emulator.h"
+
+#include <algorithm>
+#include <csignal>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+#include <dlfcn.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <ucontext.h>
+#include <unistd.h>
+#include <utility>
+#include <vector>
+#include <xmmintrin.h>
+
+// ---- what Python fills in and reads; __init__.py declares the same --------------------------------------------------
+struct Report {
+    char message[512];
+    int in_thread;  // whether block and thread are set
+    unsigned block[3], thread[3];
+    int argument;  // -1: none
+    long long index;
+    const char* file;  // the place, if it is known as a line,
+    int line;
+    void *pc, *other_pc;  // or as an address in the unit: of the fault, and of the other access in a race
+};
+struct Launch {
+    unsigned grid[3], block[3], shared_bytes;
+    int check;
+    uint64_t seed;
+    double seconds;  // of CPU time, after which the kernel counts as endless
+    Report report;
+};
+enum ArgumentKind { ARRAY = 1, WRITES = 2, UNINITIALISED = 4 };
+struct Argument {
+    void* data;  // an array's elements, or a scalar's value
+    size_t bytes;
+    unsigned item;  // bytes of an element
+    int kind;
+    const char* name;
+};
+
+namespace cuda_on_cpu {
+const Thread* current;
+dim3 grid_size, block_size;
+
+namespace {
+constexpr unsigned WARP = 32, MASKS = 8;  // MASKS: so many masks may a warp's collectives use in one block
+constexpr size_t PAGE = 4096, STACK = 64 << 10;
+
+enum State { RUNNING, AT_WARP, AT_BLOCK };
+struct Fiber : Thread {
+    unsigned index, warp;
+    State state;
+    Place place;  // of the barrier where it waits
+    void* stack_pointer;
+    char* stack;
+};
+struct Group {  // lanes that meet under one mask; two slots, for a lane may be one meeting ahead of another
+    unsigned mask, arrived, slot, present[2];
+    uint64_t value[2][WARP];
+    Place place;
+};
+struct Warp {  // sets of lanes are bits
+    unsigned lanes, alive, ready, at_block, epoch, group_count;
+    Group groups[MASKS];
+    Fiber* turn[WARP];
+};
+struct Block {
+    unsigned id, serial;  // serial: counts the blocks of all launches
+    unsigned alive, arrived, epoch;
+    int votes[3], result[3];
+    Place place;
+    std::vector<Warp> warps;
+    std::vector<Warp*> turn;
+} block;
+
+Launch* launch;
+const Kernel* kernel;
+std::vector<void*> kernel_arguments;
+std::vector<Fiber*> fibers;
+std::vector<unsigned> block_order;  // empty: 0, 1, 2...
+unsigned first_serial;
+bool failed, allocating, late;
+void *scheduler_stack_pointer, *last_access;  // last_access: where in the unit, in check mode
+uint64_t random_state;
+
+Fiber* me() { return static_cast<Fiber*>(const_cast<Thread*>(current)); }
+uint64_t random_number() {
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return random_state;
+}
+template <class T> void shuffle_order(T* items, size_t n) {
+    for (size_t i = n; i > 1; --i) std::swap(items[i - 1], items[random_number() % i]);
+}
+
+// ---- fibers ---------------------------------------------------------------------------------------------------------
+// The switch saves what the calling convention preserves. MXCSR is the same for all.
+extern "C" void cuda_on_cpu_switch(void** save_stack_pointer, void* next_stack_pointer);
+__asm__(
+    ".pushsection .text\n"
+    ".hidden cuda_on_cpu_switch\n"
+    ".globl cuda_on_cpu_switch\n"
+    ".type cuda_on_cpu_switch, @function\n"
+    "cuda_on_cpu_switch:\n"
+    "push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n"
+    "mov %rsp, (%rdi)\n mov %rsi, %rsp\n"
+    "pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n ret\n"
+    ".size cuda_on_cpu_switch, . - cuda_on_cpu_switch\n"
+    ".popsection\n");
+
+void to_scheduler() { cuda_on_cpu_switch(&me()->stack_pointer, scheduler_stack_pointer); }
+void resume(Fiber* fiber) {
+    current = fiber;
+    cuda_on_cpu_switch(&scheduler_stack_pointer, fiber->stack_pointer);
+    current = nullptr;
+}
+
+// ---- failures -------------------------------------------------------------------------------------------------------
+// The first failure is told and ends the launch. A fiber that fails is left as it is; the next launch starts it anew.
+struct Where : Place {
+    void* pc = nullptr;
+    Where(Place place = {nullptr, 0}) : Place(place) {}
+    Where(void* pc) : Place{nullptr, 0}, pc(pc) {}
+};
+void tell(Where where, const char* format, va_list rest) {
+    if (failed) return;
+    failed = true;
+    Report& report = launch->report;
+    report.file = where.file;
+    report.line = where.line;
+    report.pc = where.pc;
+    if (current) {
+        const uint3 b = current->block, t = current->thread;
+        report.in_thread = 1;
+        report.block[0] = b.x, report.block[1] = b.y, report.block[2] = b.z;
+        report.thread[0] = t.x, report.thread[1] = t.y, report.thread[2] = t.z;
+    }
+    vsnprintf(report.message, sizeof report.message, format, rest);
+}
+__attribute__((format(printf, 2, 3))) void fail(Where where, const char* format, ...) {
+    va_list rest;
+    va_start(rest, format);
+    tell(where, format, rest);
+    va_end(rest);
+}
+[[noreturn]] void leave() {
+    to_scheduler();
+    abort();  // never resumed
+}
+[[noreturn, gnu::format(printf, 2, 3)]] void fail_and_leave(Where where, const char* format, ...) {
+    va_list rest;
+    va_start(rest, format);
+    tell(where, format, rest);
+    va_end(rest);
+    leave();
+}
+
+// ---- guarded memory -------------------------------------------------------------------------------------------------
+// Every array ends at an unreadable page, less at most 15 bytes for its alignment, and has another such page before it.
+// What surrounds it on its own pages holds NaNs with a number of their own, which a launch must leave as they are: to copy
+// one array's surroundings into another's is no way out. Uninitialised memory holds 0xff, and so reads as NaN, or -1. All
+// arrays lie in the middle of a reserve that no 32-bit index leads out of.
+constexpr size_t RESERVE = size_t(64) << 30, CHUNK = 64 << 10;
+constexpr int UNWRITTEN = 0xff;
+
+// Who accessed a cell of memory, and when: barriers count the epochs of the block and of the warp.
+enum Scope : uint8_t { ONE_THREAD, ONE_WARP, ONE_BLOCK, MANY_BLOCKS };
+struct Stamp {
+    void* pc;
+    unsigned block, block_epoch, warp_epoch;  // block: its serial number
+    uint16_t thread;
+    bool atomic;
+    Scope by;  // more than one thread where no barrier kept them apart; the rest of the stamp is the last one's
+};
+struct Shadow {
+    Stamp write, read;
+};
+struct Region {
+    char *pages, *lo, *hi;  // the readable pages, and the array in them
+    size_t size;            // of the pages
+    const char* name;
+    int argument;   // -1: shared memory
+    unsigned cell;  // bytes that one shadow stands for
+    bool initialised, read_only;
+    unsigned born;  // stamps of blocks before this one are of an earlier use of the memory
+    std::vector<Shadow> shadow;
+    std::vector<uint32_t> surroundings;  // what they hold; as long as either side can be
+};
+char *arrays, *arrays_end;
+std::vector<Region*> chunk_owner;  // of each chunk from `arrays` on
+std::vector<Region*> free_regions;
+
+[[noreturn]] void out_of_memory(const char* what) {
+    perror(what);
+    abort();
+}
+Region* new_region(size_t size) {
+    if (!arrays) {
+        void* p = mmap(nullptr, RESERVE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (p == MAP_FAILED) out_of_memory("cuda_on_cpu: no address space");
+        arrays = arrays_end = reinterpret_cast<char*>((uintptr_t(p) + RESERVE * 3 / 8) / CHUNK * CHUNK);
+    }
+    Region* region = new Region();
+    region->pages = arrays_end + PAGE;
+    region->size = size;
+    static uint16_t count;
+    region->surroundings.assign(2 * PAGE / sizeof(uint32_t), 0xffff0000u | count++);
+    arrays_end += (size + 2 * PAGE + CHUNK - 1) / CHUNK * CHUNK;
+    if (arrays_end > arrays + RESERVE / 4) out_of_memory("cuda_on_cpu: too many arrays");
+    if (mprotect(region->pages, size, PROT_READ | PROT_WRITE)) out_of_memory("cuda_on_cpu: no memory");
+    chunk_owner.resize(size_t(arrays_end - arrays) / CHUNK, region);
+    return region;
+}
+// What the memory behind the array holds: a number starts at each multiple of its size.
+const char* behind(const Region* r) {
+    return reinterpret_cast<const char*>(r->surroundings.data()) + uintptr_t(r->hi) % sizeof(uint32_t);
+}
+// Memory at an address with that remainder modulo 16. All of its pages but the array itself is filled.
+Region* allocate(size_t bytes, unsigned cell, size_t remainder) {
+    allocating = true;
+    const size_t size = (bytes + 16 + PAGE - 1) / PAGE * PAGE;
+    size_t i = 0;
+    while (i < free_regions.size() && free_regions[i]->size != size) ++i;
+    if (i == free_regions.size()) free_regions.push_back(new_region(size));
+    Region* region = free_regions[i];
+    free_regions.erase(free_regions.begin() + long(i));
+    char* end = region->pages + size;
+    region->lo = end - (bytes + 15) / 16 * 16 + remainder;
+    if (region->lo + bytes > end) region->lo -= 16;
+    region->hi = region->lo + bytes;
+    region->cell = cell;
+    memcpy(region->pages, region->surroundings.data(), size_t(region->lo - region->pages));
+    memcpy(region->hi, behind(region), size_t(end - region->hi));
+    if (launch->check && region->shadow.size() <= bytes / cell) region->shadow.resize(bytes / cell + 1);
+    allocating = false;
+    return region;
+}
+void release(Region* region) {
+    if (region->read_only) mprotect(region->pages, region->size, PROT_READ | PROT_WRITE);
+    region->read_only = false;
+    if (region->size > 16 << 20) {  // large memory is given back
+        madvise(region->pages, region->size, MADV_DONTNEED);
+        std::vector<Shadow>().swap(region->shadow);
+    }
+    free_regions.push_back(region);
+}
+Region* region_at(uintptr_t address) {
+    const size_t chunk = (address - uintptr_t(arrays)) / CHUNK;
+    return address >= uintptr_t(arrays) && chunk < chunk_owner.size() ? chunk_owner[chunk] : nullptr;
+}
+struct Text {
+    char text[160];
+};
+// What lies at an address, in words. The report is given the argument and the index in it.
+Text describe(uintptr_t address) {
+    Text t;
+    const Region* r = region_at(address);
+    if (address < PAGE) {
+        snprintf(t.text, sizeof t.text, "a null pointer");
+    } else if (!r) {
+        snprintf(t.text, sizeof t.text, "address %#zx, far from every array", address);
+    } else {
+        const long long cell = r->cell, size = (r->hi - r->lo) / cell, at = (long long)(address - uintptr_t(r->lo));
+        const long long index = at < 0 ? -((-at + cell - 1) / cell) : at / cell;
+        char what[80];
+        if (r->argument < 0) snprintf(what, sizeof what, "shared memory '%s'", r->name);
+        else snprintf(what, sizeof what, "argument %d '%s'", r->argument, r->name);
+        snprintf(t.text, sizeof t.text, "%s, index %lld of %lld", what, index, size);
+        if (!failed) launch->report.argument = r->argument, launch->report.index = index;
+    }
+    return t;
+}
+void check_surroundings(const Region* r) {
+    if (memcmp(r->pages, r->surroundings.data(), size_t(r->lo - r->pages))) {
+        describe(uintptr_t(r->lo) - 1);
+        fail({}, "out-of-bounds write: something before the start of '%s'", r->name);
+    } else if (memcmp(r->hi, behind(r), size_t(r->pages + r->size - r->hi))) {
+        describe(uintptr_t(r->hi));
+        fail({}, "out-of-bounds write: something behind the end of '%s'", r->name);
+    }
+}
+
+// ---- the scheduler --------------------------------------------------------------------------------------------------
+void release_warp(Warp& warp, Group& group) {
+    group.present[group.slot] = group.arrived;
+    group.slot ^= 1;
+    warp.ready |= group.arrived;
+    group.arrived = 0;
+}
+void clear_votes() {
+    block.votes[COUNT] = block.votes[OR] = 0;
+    block.votes[AND] = 1;
+}
+void release_block() {
+    std::copy(block.votes, block.votes + 3, block.result);
+    clear_votes();
+    block.arrived = 0;
+    block.epoch++;
+    for (Warp& warp : block.warps) {
+        warp.ready |= warp.at_block;
+        warp.at_block = 0;
+    }
+}
+void wait(State state, Place at) {
+    block.warps[me()->warp].ready &= ~(state == RUNNING ? 0 : 1u << me()->lane);
+    me()->state = state;
+    me()->place = at;
+    to_scheduler();
+}
+void thread_ends() {  // and is waited for no longer
+    Warp& warp = block.warps[me()->warp];
+    const unsigned bit = 1u << me()->lane;
+    warp.alive &= ~bit;
+    warp.ready &= ~bit;
+    block.alive--;
+    for (Group* g = warp.groups; g < warp.groups + warp.group_count; ++g)
+        if (g->arrived && g->arrived == (g->mask & warp.alive)) release_warp(warp, *g);
+    if (block.arrived && block.arrived == block.alive) release_block();
+}
+void fiber_main() {
+    kernel->call(kernel_arguments.data());
+    thread_ends();
+    to_scheduler();
+    abort();  // never resumed
+}
+void prepare(Fiber* fiber) {  // so that the next switch to it enters fiber_main
+    void** top = reinterpret_cast<void**>(fiber->stack + STACK - 64);
+    *--top = nullptr;
+    *--top = reinterpret_cast<void*>(&fiber_main);
+    for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
+    fiber->stack_pointer = top;
+}
+Fiber* new_fiber() {
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* memory = mmap(nullptr, STACK + PAGE, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (memory == MAP_FAILED) out_of_memory("cuda_on_cpu: no memory for stacks");
+    mprotect(memory, PAGE, PROT_NONE);  // a stack that overflows faults
+    Fiber* fiber = new Fiber();
+    fiber->stack = static_cast<char*>(memory) + PAGE;
+    return fiber;
+}
+unsigned set_up_threads() {
+    const unsigned threads = block_size.x * block_size.y * block_size.z;
+    while (fibers.size() < threads) fibers.push_back(new_fiber());
+    for (unsigned i = 0; i < threads; ++i) {
+        fibers[i]->thread = {i % block_size.x, i / block_size.x % block_size.y, i / block_size.x / block_size.y};
+        fibers[i]->lane = i % WARP;
+        fibers[i]->warp = i / WARP;
+        fibers[i]->index = i;
+    }
+    return threads;
+}
+void set_up_block(unsigned id, unsigned threads) {
+    block.id = id;
+    block.serial++;
+    block.alive = threads;
+    block.arrived = block.epoch = 0;
+    clear_votes();
+    block.warps.resize((threads + WARP - 1) / WARP);
+    block.turn.clear();
+    const uint3 index = {id % grid_size.x, id / grid_size.x % grid_size.y, id / grid_size.x / grid_size.y};
+    for (unsigned i = 0; i < threads; ++i) {
+        Warp& warp = block.warps[i / WARP];
+        if (i % WARP == 0) {
+            warp.lanes = std::min(WARP, threads - i);
+            warp.alive = warp.ready = ~0u >> (WARP - warp.lanes);
+            warp.at_block = warp.epoch = warp.group_count = 0;
+            block.turn.push_back(&warp);
+        }
+        Fiber* f = warp.turn[i % WARP] = fibers[i];
+        f->block = index;
+        f->state = RUNNING;
+        prepare(f);
+    }
+    if (!launch->seed) return;
+    for (Warp& warp : block.warps) shuffle_order(warp.turn, warp.lanes);
+    shuffle_order(block.turn.data(), block.turn.size());
+}
+void tell_deadlock() {
+    static const char* const where[] = {"runs", "waits in a warp collective", "waits in __syncthreads"};
+    char text[300] = "";
+    Place first = {nullptr, 0};
+    int used = 0, told = 0;
+    for (const Warp& warp : block.warps) {
+        for (const Fiber* f : std::vector<Fiber*>(warp.turn, warp.turn + warp.lanes)) {
+            if (!(warp.alive >> f->lane & 1) || told == 3) continue;
+            if (told++ == 0) first = f->place;
+            used += snprintf(text + used, sizeof text - size_t(used), "; thread (%u,%u,%u) %s at line %d", f->thread.x,
+                             f->thread.y, f->thread.z, where[f->state], f->place.line);
+        }
+    }
+    fail(first, "deadlock in block %u: %u threads wait for ever, the others have ended%s", block.id, block.alive, text);
+}
+void tell_endless(void* pc) {
+    fail(last_access ? last_access : pc, "the kernel has not ended after %g s of CPU time: an endless loop?", launch->seconds);
+}
+// Hostile on purpose: a warp runs as far as it can before the next one starts, and a thread before its neighbour.
+void run_block(unsigned id, unsigned threads) {
+    set_up_block(id, threads);
+    while (block.alive) {
+        bool ran = false;
+        for (Warp* warp : block.turn) {
+            while (warp->ready) {
+                for (unsigned i = 0; i < warp->lanes; ++i) {
+                    if (!(warp->ready >> warp->turn[i]->lane & 1)) continue;
+                    resume(warp->turn[i]);
+                    if (late) tell_endless(nullptr);
+                    if (failed) return;
+                    ran = true;
+                }
+            }
+        }
+        if (!ran) return tell_deadlock();
+    }
+}
+
+// ---- faults ---------------------------------------------------------------------------------------------------------
+constexpr int SIGNALS[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGVTALRM};
+struct sigaction former_action[5];
+
+// The fiber that faults goes on in leave(), on an empty stack, so that the launch ends in good order.
+void on_signal(int number, siginfo_t* info, void* context) {
+    auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
+    void* const pc = reinterpret_cast<void*>(registers[REG_RIP]);
+    const uintptr_t address = uintptr_t(info->si_addr);
+    if (number == SIGVTALRM) {  // comes again and again, so it may pass where leaving would do harm
+        late = true;
+        if (!current || allocating || failed) return;
+        tell_endless(pc);
+    } else if (!current) {  // no kernel's fault: it happens again, and is told as before
+        for (int i = 0; i < 5; ++i) sigaction(SIGNALS[i], &former_action[i], nullptr);
+        return;
+    } else if (number == SIGFPE) {
+        fail(pc, "integer division by zero");
+    } else if (number == SIGILL) {
+        fail(pc, "__builtin_unreachable() or __builtin_trap() reached");
+    } else if (info->si_code == SI_KERNEL) {  // what the CPU says to an aligned 16-byte instruction
+        fail(pc, "misaligned access of 16 bytes, or an address that cannot be");
+    } else if (uintptr_t(me()->stack) - address - 1 < PAGE) {
+        fail(pc, "the thread's stack of %zu KiB is full", STACK >> 10);
+    } else {
+        const bool write = registers[REG_ERR] & 2;
+        const Region* r = region_at(address);
+        const bool inside = r && address >= uintptr_t(r->lo) && address < uintptr_t(r->hi);
+        if (inside && write) fail(pc, "write through a pointer to const: %s", describe(address).text);
+        else fail(pc, "out-of-bounds %s: %s", write ? "write" : "read", describe(address).text);
+    }
+    registers[REG_RIP] = greg_t(&leave);
+    registers[REG_RSP] = greg_t(uintptr_t(me()->stack) + STACK - 64 - 8);
+}
+// While a kernel runs its faults are ours, and a timer ends it if it is endless.
+struct Guard {
+    stack_t former_stack;
+    timer_t timer;
+    unsigned former_csr = _mm_getcsr();
+    explicit Guard(bool flush_denormals) {
+        static char memory[64 << 10];  // a stack for on_signal, as the fiber's may be full
+        stack_t stack{};
+        stack.ss_sp = memory;
+        stack.ss_size = sizeof memory;
+        sigaltstack(&stack, &former_stack);
+        struct sigaction action {};
+        action.sa_sigaction = on_signal;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+        for (int i = 0; i < 5; ++i) sigaction(SIGNALS[i], &action, &former_action[i]);
+        sigevent event{};
+        event.sigev_notify = SIGEV_THREAD_ID;
+        event.sigev_signo = SIGVTALRM;
+        event._sigev_un._tid = int(syscall(SYS_gettid));
+        if (timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &timer)) out_of_memory("cuda_on_cpu: no timer");
+        const time_t whole = time_t(launch->seconds);
+        const itimerspec when{{0, 10'000'000}, {whole, long(1e9 * (launch->seconds - double(whole)))}};
+        timer_settime(timer, 0, &when, nullptr);
+        constexpr unsigned FTZ_DAZ = 0x8040;
+        _mm_setcsr(flush_denormals ? former_csr | FTZ_DAZ : former_csr & ~FTZ_DAZ);
+    }
+    ~Guard() {
+        _mm_setcsr(former_csr);
+        timer_delete(timer);
+        for (int i = 0; i < 5; ++i) sigaction(SIGNALS[i], &former_action[i], nullptr);
+        sigaltstack(&former_stack, nullptr);
+    }
+};
+
+// ---- the check of every access --------------------------------------------------------------------------------------
+bool live(const Stamp& stamp, const Region* region) { return stamp.block >= region->born; }
+bool only_me(const Stamp& earlier, const Stamp& now) {
+    return earlier.by == ONE_THREAD && earlier.thread == now.thread && earlier.block == now.block;
+}
+// Whether a barrier lies between an earlier access, perhaps by several threads, and now.
+bool ordered(const Stamp& earlier, const Stamp& now) {
+    if (earlier.block != now.block || earlier.by == MANY_BLOCKS) return false;
+    if (earlier.block_epoch < now.block_epoch) return true;
+    return earlier.by <= ONE_WARP && earlier.thread / WARP == now.thread / WARP &&
+           earlier.warp_epoch < now.warp_epoch;
+}
+[[noreturn]] void tell_race(const char* what, const Stamp& other, const Stamp& now, uintptr_t address) {
+    const unsigned order = other.block - first_serial, id = block_order.empty() ? order : block_order[order];
+    const uint3 t = fibers[other.thread]->thread;
+    launch->report.other_pc = other.pc;
+    fail_and_leave(now.pc, "race: %s by thread (%u,%u,%u) of block (%u,%u,%u), with no barrier between them: %s", what,
+                   t.x, t.y, t.z, id % grid_size.x, id / grid_size.x % grid_size.y, id / grid_size.x / grid_size.y,
+                   describe(address).text);
+}
+// The stamp of an access beside an earlier one that it need not be ordered with.
+Stamp beside(const Stamp& earlier, Stamp now) {
+    now.by = std::max(now.by, earlier.by);
+    if (earlier.block != now.block) now.by = MANY_BLOCKS;
+    else if (earlier.thread / WARP != now.thread / WARP) now.by = std::max(now.by, ONE_BLOCK);
+    else if (earlier.thread != now.thread) now.by = std::max(now.by, ONE_WARP);
+    return now;
+}
+void check_cell(Region* region, Shadow& cell, uintptr_t address, bool write, const Stamp& now) {
+    const bool written = live(cell.write, region), read = live(cell.read, region);
+    if (!written && !region->initialised && (!write || now.atomic))
+        fail_and_leave(now.pc, "read of memory never written: %s", describe(address).text);
+    const bool after_writes = !written || ordered(cell.write, now), after_reads = !read || ordered(cell.read, now);
+    const bool both_atomic = now.atomic && cell.write.atomic;
+    if (!after_writes && !only_me(cell.write, now) && !both_atomic)
+        tell_race(write ? "a write, after a write" : "a read, after a write", cell.write, now, address);
+    if (write && !after_reads && !only_me(cell.read, now))
+        tell_race("a write, after a read", cell.read, now, address);
+    if (write) {
+        cell.write = after_writes ? now : beside(cell.write, now);
+        cell.read.block = 0;
+    } else {
+        cell.read = after_reads ? now : beside(cell.read, now);
+    }
+}
+void access(uintptr_t address, size_t bytes, size_t align, bool write, bool atomic, void* return_address) {
+    if (!current) return;
+    Region* region = region_at(address);
+    if (!region) return;  // the thread's own variables, constants; from a wild pointer the access itself faults
+    void* const pc = static_cast<char*>(return_address) - 1;  // in the call, not behind it
+    last_access = pc;
+    const char* const verb = write ? "write" : "read";
+    const uintptr_t lo = uintptr_t(region->lo), hi = uintptr_t(region->hi);
+    if (address < lo || address + bytes > hi) {
+        const uintptr_t outside = address < lo ? address : std::max(address, hi);
+        fail_and_leave(pc, "out-of-bounds %s of %zu bytes: %s", verb, bytes, describe(outside).text);
+    }
+    if (address % align) fail_and_leave(pc, "misaligned %s of %zu bytes: %s", verb, bytes, describe(address).text);
+    if (write && region->read_only)
+        fail_and_leave(pc, "write through a pointer to const: %s", describe(address).text);
+    const Fiber* f = me();
+    const Stamp now{pc, block.serial, block.epoch, block.warps[f->warp].epoch, uint16_t(f->index), atomic, ONE_THREAD};
+    const size_t first = (address - lo) / region->cell, last = (address - lo + bytes - 1) / region->cell;
+    for (size_t i = first; i <= last; ++i) check_cell(region, region->shadow[i], lo + i * region->cell, write, now);
+}
+
+// ---- barriers -------------------------------------------------------------------------------------------------------
+bool same(Place a, Place b) { return a.line == b.line && a.file == b.file; }
+
+// Waits for all live lanes of the mask. Each brings a value; those of slot *slot may be read after it.
+const Group* meet(unsigned mask, uint64_t value, Place at, unsigned* slot, bool orders_memory) {
+    Warp& warp = block.warps[me()->warp];
+    const unsigned lane = me()->lane, bit = 1u << lane;
+    if (!(mask & bit)) fail_and_leave(at, "lane %u calls a warp collective whose mask %#x leaves it out", lane, mask);
+    Group* group = nullptr;
+    for (Group* g = warp.groups; g < warp.groups + warp.group_count; ++g) {
+        if (g->mask == mask) group = g;
+        else if (g->arrived & mask)
+            fail_and_leave(at, "warp collective with mask %#x while lanes %#x wait in another at line %d with mask %#x",
+                           mask, g->arrived, g->place.line, g->mask);
+    }
+    if (!group) {
+        if (warp.group_count == MASKS) fail_and_leave(at, "more than %u different masks in one warp", MASKS);
+        group = &warp.groups[warp.group_count++];
+        group->mask = mask;
+        group->arrived = group->slot = 0;
+    }
+    if (group->arrived && !same(group->place, at))
+        fail_and_leave(at, "warp collective while lanes %#x wait in another at line %d", group->arrived, group->place.line);
+    group->place = at;
+    *slot = group->slot;
+    group->value[*slot][lane] = value;
+    group->arrived |= bit;
+    const bool last = group->arrived == (mask & warp.alive);
+    if (last && orders_memory && group->arrived == warp.alive) warp.epoch++;  // not by parts of a warp: too fine for us
+    if (last) release_warp(warp, *group);
+    wait(last ? RUNNING : AT_WARP, at);
+    return group;
+}
+}  // namespace
+
+int sync_block(int predicate, Vote vote, Place at) {
+    if (block.arrived && !same(block.place, at))
+        fail_and_leave(at, "divergent barrier: others wait in the __syncthreads at line %d", block.place.line);
+    block.place = at;
+    block.votes[COUNT] += !!predicate;
+    block.votes[OR] |= !!predicate;
+    block.votes[AND] &= !!predicate;
+    const bool last = ++block.arrived == block.alive;
+    if (last) release_block();
+    else block.warps[me()->warp].at_block |= 1u << me()->lane;
+    wait(last ? RUNNING : AT_BLOCK, at);
+    return block.result[vote];
+}
+void sync_warp(unsigned mask, Place at) {
+    unsigned slot;
+    meet(mask, 0, at, &slot, true);
+}
+unsigned ballot(unsigned mask, int predicate, Place at) {
+    unsigned slot, result = 0;
+    const Group* group = meet(mask, !!predicate, at, &slot, false);
+    for (unsigned lane = 0; lane < WARP; ++lane)
+        if (group->present[slot] >> lane & 1) result |= unsigned(group->value[slot][lane]) << lane;
+    return result;
+}
+void shuffle(unsigned mask, void* value, size_t size, unsigned from_lane, Place at) {
+    uint64_t word = 0;
+    unsigned slot;
+    memcpy(&word, value, size);
+    const Group* group = meet(mask, word, at, &slot, false);
+    if (!(group->present[slot] >> from_lane & 1))
+        fail_and_leave(at, "shuffle from lane %u, which has ended or takes no part", from_lane);
+    memcpy(value, &group->value[slot][from_lane], size);
+}
+void atomic_access(const void* p, unsigned size) {
+    if (launch->check) access(uintptr_t(p), size, size, true, true, __builtin_return_address(0));
+}
+void stop(const char* why, Place at) { fail_and_leave(at, "%s", why); }
+
+// ---- shared memory --------------------------------------------------------------------------------------------------
+// A shared variable keeps its memory from block to block. The first thread of a block to reach it makes it uninitialised.
+namespace {
+std::vector<Region*> shared_regions(1);  // by slot; slot 0 is the launch's dynamic memory
+void* shared_region(unsigned slot, const char* name, size_t bytes, unsigned cell) {
+    Region*& region = shared_regions[slot];
+    if (!region) {
+        region = allocate(bytes, cell, 0);
+        region->name = name;
+        region->argument = -1;
+        region->initialised = false;
+        region->born = 0;
+    }
+    if (region->born != block.serial) {
+        region->born = block.serial;
+        memset(region->lo, UNWRITTEN, bytes);
+    }
+    return region->lo;
+}
+}  // namespace
+unsigned new_shared_slot() {
+    allocating = true;
+    shared_regions.push_back(nullptr);
+    allocating = false;
+    return unsigned(shared_regions.size() - 1);
+}
+void* shared_memory(unsigned slot, const char* name, size_t bytes, unsigned cell) {
+    return shared_region(slot, name, bytes, cell);
+}
+void* dynamic_shared_memory(const char* name, unsigned cell) {
+    if (!launch->shared_bytes) fail_and_leave({}, "'%s' is dynamic shared memory, of which the launch gives none", name);
+    return shared_region(0, name, launch->shared_bytes, cell);
+}
+
+// ---- a launch -------------------------------------------------------------------------------------------------------
+namespace {
+bool is_array(const Argument& a) { return a.kind & ARRAY && a.data; }
+
+// Arguments that start at one address are one array, as long as the longest: first[i] is the first of them.
+bool merge(std::vector<Argument>& arguments, std::vector<size_t>& first) {
+    const size_t count = arguments.size();
+    for (size_t i = 0; i < count; ++i) {
+        first.push_back(i);
+        for (size_t j = 0; j < i && arguments[i].bytes; ++j) {
+            Argument &a = arguments[j], &b = arguments[i];
+            if (!is_array(a) || !is_array(b) || first[j] != j || a.data != b.data || !a.bytes) continue;
+            first[i] = j;
+            a.bytes = std::max(a.bytes, b.bytes);
+            a.item = std::min(a.item, b.item);
+            a.kind |= b.kind;
+        }
+    }
+    for (size_t i = 0; i < count; ++i) {
+        for (size_t j = 0; j < i; ++j) {
+            const Argument &a = arguments[j], &b = arguments[i];
+            if (!is_array(a) || !is_array(b) || first[j] != j || first[i] != i || !a.bytes || !b.bytes) continue;
+            const uintptr_t a_start = uintptr_t(a.data), b_start = uintptr_t(b.data);
+            if (a_start >= b_start + b.bytes || b_start >= a_start + a.bytes) continue;
+            fail({}, "arguments %zu '%s' and %zu '%s' overlap, but start at different addresses", j, a.name, i, b.name);
+            return false;
+        }
+    }
+    return true;
+}
+void run(std::vector<Argument> arguments) {
+    const size_t count = arguments.size();
+    std::vector<size_t> first;
+    if (!merge(arguments, first)) return;
+    std::vector<Region*> regions(count, nullptr);
+    std::vector<void*> pointers(count, nullptr);
+    kernel_arguments.assign(count, nullptr);
+    first_serial = block.serial + 1;
+    bool has_float = false, has_double = false;
+    for (size_t i = 0; i < count; ++i) {
+        const Argument& a = arguments[i];
+        const Parameter& parameter = kernel->parameters[i];
+        has_float |= parameter.kind == 'f' && parameter.size == 4;
+        has_double |= parameter.kind == 'f' && parameter.size == 8;
+        kernel_arguments[i] = a.kind & ARRAY ? &pointers[i] : a.data;
+        if (!is_array(a)) continue;
+        if (first[i] == i) {
+            Region* r = regions[i] = allocate(a.bytes, a.item, uintptr_t(a.data) % 16);
+            r->name = a.name;
+            r->argument = int(i);
+            r->born = first_serial;
+            r->initialised = !(a.kind & UNINITIALISED);
+            if (r->initialised) memcpy(r->lo, a.data, a.bytes);
+            else memset(r->lo, UNWRITTEN, a.bytes);
+            r->read_only = !(a.kind & WRITES);
+            if (r->read_only) mprotect(r->pages, r->size, PROT_READ);
+        }
+        pointers[i] = regions[first[i]]->lo;
+    }
+    if (shared_regions[0]) release(shared_regions[0]);
+    shared_regions[0] = nullptr;
+
+    const unsigned blocks = grid_size.x * grid_size.y * grid_size.z, threads = set_up_threads();
+    block_order.clear();
+    if (launch->seed) {
+        for (unsigned i = 0; i < blocks; ++i) block_order.push_back(i);
+        shuffle_order(block_order.data(), blocks);
+    }
+    {
+        // CuPy compiles with -ftz=true, which is for float only; the CPU's switch is for double too.
+        Guard guard(has_float || !has_double);
+        for (unsigned i = 0; i < blocks && !failed; ++i) run_block(launch->seed ? block_order[i] : i, threads);
+    }
+    for (size_t i = 0; i < count; ++i) {
+        Region* r = regions[i];
+        if (!r) continue;
+        if (!failed && !r->read_only) {
+            memcpy(arguments[i].data, r->lo, arguments[i].bytes);
+            check_surroundings(r);
+        }
+        release(r);
+    }
+    for (const Region* r : shared_regions)
+        if (r && !failed && r->born >= first_serial) check_surroundings(r);
+}
+}  // namespace
+}  // namespace cuda_on_cpu
+
+// ---- what Python calls ----------------------------------------------------------------------------------------------
+extern "C" int cuda_on_cpu_launch(const cuda_on_cpu::Kernel* kernel, Launch* launch, const Argument* arguments, int count) {
+    using namespace cuda_on_cpu;
+    cuda_on_cpu::kernel = kernel;
+    cuda_on_cpu::launch = launch;
+    failed = late = false;
+    last_access = nullptr;
+    launch->report = Report();
+    launch->report.argument = -1;
+    grid_size = {launch->grid[0], launch->grid[1], launch->grid[2]};
+    block_size = {launch->block[0], launch->block[1], launch->block[2]};
+    random_state = launch->seed * 0x9e3779b97f4a7c15ull | 1;
+    run({arguments, arguments + count});
+    if (!failed) return 0;
+    Dl_info unit;
+    dladdr(reinterpret_cast<const void*>(kernel->call), &unit);
+    for (void** pc : {&launch->report.pc, &launch->report.other_pc})
+        if (*pc) *pc = reinterpret_cast<void*>(uintptr_t(*pc) - uintptr_t(unit.dli_fbase));
+    return 1;
+}
+
+// ---- what code built with -fsanitize=thread calls: a hook before each access ----------------------------------------
+// The unaligned hooks are for types whose alignment is less than their size, so theirs is left to the other sanitizer.
+extern "C" {
+void __tsan_init() {}
+#define HOOKS(name, bytes, align)                                                                  \
+    void __tsan_##name##read##bytes(void* p) {                                                     \
+        cuda_on_cpu::access(uintptr_t(p), bytes, align, false, false, __builtin_return_address(0)); \
+    }                                                                                              \
+    void __tsan_##name##write##bytes(void* p) {                                                    \
+        cuda_on_cpu::access(uintptr_t(p), bytes, align, true, false, __builtin_return_address(0));  \
+    }
+HOOKS(, 1, 1)
+HOOKS(, 2, 2)
+HOOKS(, 4, 4)
+HOOKS(, 8, 8)
+HOOKS(, 16, 16)
+HOOKS(unaligned_, 2, 1)
+HOOKS(unaligned_, 4, 1)
+HOOKS(unaligned_, 8, 1)
+HOOKS(unaligned_, 16, 1)
+void __tsan_read_range(void* p, size_t bytes) {
+    cuda_on_cpu::access(uintptr_t(p), bytes, 1, false, false, __builtin_return_address(0));
+}
+void __tsan_write_range(void* p, size_t bytes) {
+    cuda_on_cpu::access(uintptr_t(p), bytes, 1, true, false, __builtin_return_address(0));
+}
+
+// ---- what code built with -fsanitize=undefined calls, on undefined behaviour ----------------------------------------
+struct UndefinedAt {  // what g++ writes down at each such place, as far as we read it
+    const char* file;
+    uint32_t line, column;
+    const struct {
+        uint16_t kind, info;
+        char name[1];
+    }* type;
+    unsigned char log_alignment;  // of type_mismatch only
+};
+#define UNDEFINED(name, parameters, ...)                             \
+    void __ubsan_handle_##name parameters {                          \
+        using namespace cuda_on_cpu;                                 \
+        fail_and_leave(Place{at->file, int(at->line)}, __VA_ARGS__); \
+    }
+#define AT UndefinedAt *at
+UNDEFINED(add_overflow, (AT, uintptr_t, uintptr_t), "integer overflow in +, type %s", at->type->name)
+UNDEFINED(sub_overflow, (AT, uintptr_t, uintptr_t), "integer overflow in -, type %s", at->type->name)
+UNDEFINED(mul_overflow, (AT, uintptr_t, uintptr_t), "integer overflow in *, type %s", at->type->name)
+UNDEFINED(negate_overflow, (AT, uintptr_t), "integer overflow in -, type %s", at->type->name)
+UNDEFINED(divrem_overflow, (AT, uintptr_t, uintptr_t), "integer division by zero, or overflow in it")
+UNDEFINED(shift_out_of_bounds, (AT, uintptr_t, uintptr_t), "shift by a negative number or by too many bits")
+UNDEFINED(out_of_bounds, (AT, intptr_t index), "index %zd is out of the bounds of %s", index, at->type->name)
+UNDEFINED(load_invalid_value, (AT, intptr_t value), "%zd is no value of type %s", value, at->type->name)
+UNDEFINED(builtin_unreachable, (AT), "__builtin_unreachable() reached")
+UNDEFINED(missing_return, (AT), "the function ends without returning a value")
+UNDEFINED(type_mismatch_v1, (AT, uintptr_t address), "misaligned access to %s, which needs a multiple of %d: %s",
+          at->type->name, 1 << at->log_alignment, describe(address).text)
+}

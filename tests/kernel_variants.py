@@ -1,0 +1,76 @@
+"""Which CUDA texts there are: each file of kernels/ with every legal choice of the macros that it uses.
+
+The functions, costs and rules are those that the headers define; which cost goes with which output function is asked of
+the package's own table.
+"""
+
+import itertools
+import re
+from pathlib import Path
+
+from backprop_gpu import costs, cuda_source
+
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+FILES = sorted(path.name for path in KERNELS.glob("*.cu"))
+# Macro: the header whose structs it may name, and how their names begin.
+TABLES = {
+    "ACTIVATION": ("activations.cuh", "f_"),
+    "COST": ("costs.cuh", "cost_"),
+    "RULE": ("rules.cuh", "rule_"),
+}
+ROW_FUNCTIONS = {"f_softmax"}  # only where whole rows are at hand, which is where there is a cost
+
+
+def structs(macro):
+    """What a macro may stand for, in the order of its header: f_identity, f_sigmoid, ...."""
+    header, prefix = TABLES[macro]
+    return re.findall(rf"\bstruct ({prefix}\w+)", code((KERNELS / header).read_text(encoding="utf-8")))
+
+
+def code(text):
+    """The text without comments and without lines for the preprocessor."""
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", text, flags=re.DOTALL)
+    return re.sub(r"^[ \t]*#(?:[^\n]*\\\n)*[^\n]*", "", text, flags=re.MULTILINE)
+
+
+def macros(file):
+    """The macros of the host that a file and its headers use."""
+    words = set(re.findall(r"\w+", code(cuda_source.text(file))))
+    return [macro for macro in ("REAL", *TABLES) if macro in words]
+
+
+def legal(choice):
+    """Whether the package would ever ask for that choice of macros."""
+    f, cost = choice.get("ACTIVATION"), choice.get("COST")
+    if cost is None:
+        return f not in ROW_FUNCTIONS
+    outputs = costs.COSTS[cost.removeprefix("cost_")].outputs
+    return outputs is None or f is None or f.removeprefix("f_") in outputs
+
+
+def variants(file):
+    """Every legal choice, {macro: what it stands for}, of the macros that the file uses; [{}] where it uses none."""
+    used = macros(file)
+    values = [("float", "double") if macro == "REAL" else structs(macro) for macro in used]
+    choices = (dict(zip(used, chosen, strict=True)) for chosen in itertools.product(*values))
+    return [choice for choice in choices if legal(choice)]
+
+
+def texts(file, **fixed):
+    """The texts of a file's variants, each as CuPy gets it; of those alone that agree with what is `fixed`."""
+    return [
+        cuda_source.text(file, **choice)
+        for choice in variants(file)
+        if all(choice.get(macro, value) == value for macro, value in fixed.items())
+    ]
+
+
+def joined(parts):
+    """One translation unit of several texts: kernel k of text i is called k__i there, and no two names meet."""
+    unit = []
+    for i, text in enumerate(parts):
+        kernels = list(cuda_source.signatures(text))
+        defined = re.findall(r"^[ \t]*#[ \t]*define[ \t]+(\w+)", text, re.MULTILINE)
+        unit += [f"#define {kernel} {kernel}__{i}" for kernel in kernels]
+        unit += [f"namespace text_{i} {{", text, "}", *(f"#undef {name}" for name in (*kernels, *defined))]
+    return "\n".join(unit) + "\n"
