@@ -37,6 +37,7 @@ THREADS = 256  # a block
 MOST_BLOCKS = 1024  # of elementwise kernels, which walk on in strides of the grid; several for each multiprocessor
 MOST_PARTS = 256  # of a sum over a flat vector
 CHUNK = 256  # rows that a block sums before it pays to share them out
+FILLED = 128  # blocks that keep a GPU busy
 NARROW = 64  # columns up to which measure.cu gives a row to one thread
 _STRIP = 32, 16  # the block of sums.cuh
 LONG_ROW = 1024  # columns from which a block works on a row, not a warp
@@ -230,7 +231,7 @@ def _strips(m: int, n: int, dtype: np.dtype[Any]) -> _Strips:
     """Chosen by the shape alone, so that the bits are too: wide where there are blocks enough for a whole GPU then."""
     chunk_rows = -(-m // min(-(-m // CHUNK), MOST_PARTS))
     chunks, width = -(-m // chunk_rows), 16 // dtype.itemsize
-    wide = n % width == 0 and chunks * n >= MOST_PARTS * 32 * width
+    wide = n % width == 0 and chunks * n >= FILLED * 32 * width
     return _Strips((min(-(-n // (32 * width if wide else 32)), MOST_BLOCKS), chunks), chunk_rows, wide)
 
 

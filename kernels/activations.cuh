@@ -67,7 +67,7 @@ struct f_elu {
 };
 
 struct f_softmax {  // acts on whole rows: see rows.cuh
-    static constexpr bool from_Z = false, rows = true;
+    static constexpr bool rows = true;
 };
 
 #ifdef OWN_ACTIVATION

@@ -1,7 +1,7 @@
 // db = Delta 1: sums down the columns of M (m, n), into partial (chunks, n), one row for each chunk_rows rows of M.
 //
-// `wide`: whether a thread takes 16 bytes of a row, where M allows it, or one number. Bytes moved: 4 m n read (float). Grid
-// (strips of 32 numbers or accesses, chunks), block (32, 16).
+// `wide`: whether a thread takes 16 bytes of a row (n is a multiple of them then), or one number. Bytes moved: 4 m n read
+// (float). Grid (strips of 32 numbers or accesses, chunks), block (32, 16).
 #include "sums.cuh"
 
 template <int N> __device__ void run(const real* M, real* partial, long long m, int n, long long chunk_rows) {
@@ -12,7 +12,7 @@ template <int N> __device__ void run(const real* M, real* partial, long long m, 
 
 extern "C" __global__ void column_sums(const real* __restrict__ M, real* __restrict__ partial, long long m, int n,
                                        long long chunk_rows, int wide) {
-    if (wide && n % WIDE == 0 && aligned<WIDE>(M))
+    if (wide && aligned<WIDE>(M))
         run<WIDE>(M, partial, m, n, chunk_rows);
     else
         run<1>(M, partial, m, n, chunk_rows);

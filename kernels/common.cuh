@@ -26,7 +26,7 @@ template <int N, class T> __device__ __forceinline__ bool aligned(const T* p) {
 __device__ __forceinline__ real infinity() { return real(__int_as_float(0x7f800000)); }
 __device__ __forceinline__ real not_a_number() { return real(__int_as_float(0x7fc00000)); }
 __device__ __forceinline__ bool is_finite(real x) { return fabs(x) < infinity(); }
-__device__ __forceinline__ real sign(real x) { return real(x > 0) - real(x < 0) + (x == x ? real(0) : x); }
+__device__ __forceinline__ real sign(real x) { return real(x > 0) - real(x < 0); }
 
 // Where a thread stands in a grid-stride walk over the elements of a row-major (rows, columns) matrix. One division a
 // thread, none a step.

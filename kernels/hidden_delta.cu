@@ -36,7 +36,7 @@ __device__ void run(const real* K, const real* mask, real* Delta, real* partial,
 extern "C" __global__ void hidden_delta(const real* __restrict__ K, const real* __restrict__ mask,
                                         real* __restrict__ Delta, real* __restrict__ partial, long long m, int n,
                                         long long chunk_rows, int wide) {
-    if (wide && n % WIDE == 0 && aligned<WIDE>(K) && aligned<WIDE>(mask) && aligned<WIDE>(Delta))
+    if (wide && aligned<WIDE>(K) && aligned<WIDE>(mask) && aligned<WIDE>(Delta))
         run<WIDE>(K, mask, Delta, partial, m, n, chunk_rows);
     else
         run<1>(K, mask, Delta, partial, m, n, chunk_rows);

@@ -18,11 +18,12 @@ template <class A, class B> constexpr bool same = false;
 template <class A> constexpr bool same<A, A> = true;
 
 struct Targets {
-    long long label;  // -1 where there is a row
-    const real* row;
+    long long label;  // -1 where there are rows
+    const real* rows;
+    long long at;     // where this sample's row begins
     real keep, rest;  // t -> keep t + rest
 
-    __device__ real operator()(int k) const { return (label < 0 ? row[k] : real(k == label)) * keep + rest; }
+    __device__ real operator()(int k) const { return (label < 0 ? rows[at + k] : real(k == label)) * keep + rest; }
 };
 
 template <class F> struct Outputs {  // y_k, elementwise
@@ -103,7 +104,7 @@ extern "C" __global__ void output_delta(const real* __restrict__ Z, const long l
                                         real* __restrict__ C, long long m, int K) {
     const real classes = same<COST, cost_binary_cross_entropy> ? 2 : K;
     for (long long i = first_row(); i < m; i += row_stride()) {
-        const Targets t = {labels ? labels[i] : -1, T ? T + i * K : nullptr, 1 - smoothing, smoothing / classes};
+        const Targets t = {labels ? labels[i] : -1, T, i * K, 1 - smoothing, smoothing / classes};
         const real cost = row_delta<ACTIVATION, COST>(Z + i * K, t, parameter, w ? w[i] : share, Delta + i * K, K);
         if (threadIdx.x == 0) C[i] = cost;
     }

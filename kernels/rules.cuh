@@ -5,7 +5,6 @@
 #include "common.cuh"
 
 struct rule_sgd {  // s[0]: v
-    static constexpr int slots = 1;
     real lr, momentum, decay;
     bool nesterov;
     __device__ rule_sgd(const double* c) : lr(c[0]), momentum(c[1]), decay(c[2]), nesterov(c[3] != 0) {}
@@ -20,7 +19,6 @@ struct rule_sgd {  // s[0]: v
 };
 
 struct rule_adagrad {  // s[0]: G
-    static constexpr int slots = 1;
     real rate, decay, eps;
     __device__ rule_adagrad(const double* c) : rate(c[0]), decay(c[1]), eps(c[2]) {}
     __device__ real operator()(real theta, real g, real* s) const {
@@ -31,7 +29,6 @@ struct rule_adagrad {  // s[0]: G
 };
 
 struct rule_rmsprop {  // s[0]: v; s[1]: a, where centered; s[2]: b, where there is momentum
-    static constexpr int slots = 3;
     real lr, alpha, rest, eps, decay, momentum;
     bool centered;
     __device__ rule_rmsprop(const double* c)
@@ -52,7 +49,6 @@ struct rule_rmsprop {  // s[0]: v; s[1]: a, where centered; s[2]: b, where there
 };
 
 struct rule_adadelta {  // s[0]: v; s[1]: D
-    static constexpr int slots = 2;
     real lr, rho, rest, eps, decay;
     __device__ rule_adadelta(const double* c) : lr(c[0]), rho(c[1]), rest(c[2]), eps(c[3]), decay(c[4]) {}
     __device__ real operator()(real theta, real g, real* s) const {
@@ -65,7 +61,6 @@ struct rule_adadelta {  // s[0]: v; s[1]: D
 };
 
 struct rule_adam {  // s[0]: m; s[1]: v; s[2]: the largest v, with amsgrad. AdamW is `decoupled`
-    static constexpr int slots = 3;
     real keep, rate, eps, rest1, beta2, rest2, decay;
     bool decoupled, amsgrad;
     __device__ rule_adam(const double* c)
@@ -85,7 +80,6 @@ struct rule_adam {  // s[0]: m; s[1]: v; s[2]: the largest v, with amsgrad. Adam
 };
 
 struct rule_nadam {  // s[0]: m; s[1]: v
-    static constexpr int slots = 2;
     real of_m, of_g, rate, eps, rest1, beta2, rest2, decay;
     __device__ rule_nadam(const double* c)
         : of_m(c[0]), of_g(c[1]), rate(c[2]), eps(c[3]), rest1(c[4]), beta2(c[5]), rest2(c[6]), decay(c[7]) {}
@@ -98,7 +92,6 @@ struct rule_nadam {  // s[0]: m; s[1]: v
 };
 
 struct rule_lion {  // s[0]: m
-    static constexpr int slots = 1;
     real keep, lr, beta1, rest1, beta2, rest2;
     __device__ rule_lion(const double* c)
         : keep(c[0]), lr(c[1]), beta1(c[2]), rest1(c[3]), beta2(c[4]), rest2(c[5]) {}

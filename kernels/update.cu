@@ -22,7 +22,6 @@ extern "C" __global__ void survey(const real* __restrict__ theta, const real* __
                                   double* __restrict__ norm2, int* __restrict__ stop, long long n) {
     const RULE rule(row + 3);
     const double lr = row[1], decay = row[2], step = lr > 1 ? lr : 1;
-    const bool grows = lr * decay >= 1;
     double sum = 0;
     int bad = diverged[0] != 0;
     over(n, all_aligned(theta, g, s0, s1, s2), [&](long long i, auto pack) {
@@ -35,7 +34,7 @@ extern "C" __global__ void survey(const real* __restrict__ theta, const real* __
             const real gj = gradient.v[j];
             sum_here += gj * gj;
             const double reach = 1 + fabs(double(gj)) + (decay != 0 ? decay * fabs(double(theta[e])) : 0.0);
-            if (grows || !(step * reach <= HUGE)) {
+            if (!(step * reach <= HUGE)) {
                 real s[3] = {s0 ? s0[e] : real(0), s1 ? s1[e] : real(0), s2 ? s2[e] : real(0)};
                 const real after = rule(theta[e], gj, s);
                 bad |= !(is_finite(after) && is_finite(s[0]) && is_finite(s[1]) && is_finite(s[2]));
@@ -58,7 +57,7 @@ __device__ __forceinline__ void take(const RULE& rule, real* theta, const real* 
     real* const slot[3] = {s0, s1, s2};
     Pack<real, N> s[3] = {};
 #pragma unroll
-    for (int k = 0; k < RULE::slots; ++k)
+    for (int k = 0; k < 3; ++k)
         if (slot[k]) s[k] = load<N>(slot[k], i);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -69,7 +68,7 @@ __device__ __forceinline__ void take(const RULE& rule, real* theta, const real* 
     }
     store<N>(theta, i, x);
 #pragma unroll
-    for (int k = 0; k < RULE::slots; ++k)
+    for (int k = 0; k < 3; ++k)
         if (slot[k]) store<N>(slot[k], i, s[k]);
 }
 

@@ -417,6 +417,8 @@ class Worker:
         """The test that turns red with the mutant, SURVIVED or REFUSES where there is none."""
         path = self.copy / "kernels" / mutant.file
         source = path.read_text(encoding="utf-8")
+        if source[mutant.start : mutant.end] != mutant.before:
+            raise SystemExit(f"{mutant.file} has changed since the sites were found")
         path.write_text(broken(source, mutant), encoding="utf-8")
         try:
             status, output = self.run(met_by(mutant.file, self.copy / "kernels"), seconds)

@@ -155,6 +155,51 @@ CASES = {
         check="race: a write, after a read",
         at="s[threadIdx.x] = x",
     ),
+    "a shuffle in place of __syncwarp": Case(
+        """
+        extern "C" __global__ void k(const float* x, float* y) {
+            __shared__ float s[32];
+            s[threadIdx.x] = x[threadIdx.x];
+            EITHER(__syncwarp(), __shfl_sync(~0u, 1, 0));
+            y[threadIdx.x] = s[31 - threadIdx.x];
+        }""",
+        x_to_y(32),
+        lambda x, y: x[::-1],
+        plain="unseen",
+        check="race: a read, after a write",
+        at="y[threadIdx.x] = s",
+        block=(32,),
+    ),
+    "a warp reads what another wrote after its own __syncwarp": Case(
+        """
+        extern "C" __global__ void k(const float* x, float* y) {
+            __shared__ float s[64];
+            s[threadIdx.x] = x[threadIdx.x];
+            EITHER(__syncthreads(), __syncwarp());
+            if (threadIdx.x >= 32) y[threadIdx.x] = s[threadIdx.x - 32];
+        }""",
+        x_to_y(),
+        lambda x, y: np.append(np.zeros(32), x[:32]),
+        plain="wrong",
+        check=r"race: a read, after a write by thread \(0,0,0\)",
+        at="y[threadIdx.x] = s",
+    ),
+    "a warp writes what another read": Case(
+        """
+        extern "C" __global__ void k(const float* x, float* y) {
+            __shared__ float s;
+            if (threadIdx.x == 0) s = x[0];
+            __syncthreads();
+            y[threadIdx.x] = s;
+            EITHER(__syncthreads(), __syncwarp());
+            if (threadIdx.x == 0) s = 5;
+        }""",
+        x_to_y(),
+        lambda x, y: np.ones(64),
+        plain="wrong",
+        check="race: a write, after a read",
+        at="s = 5",
+    ),
     "missing atomic": Case(
         """
         extern "C" __global__ void k(int* count) {
@@ -165,6 +210,32 @@ CASES = {
         plain="unseen",
         check=r"race: a read, after a write by thread \(0,0,0\) of block \(0,0,0\).*argument 0 'count', index 0 of 1",
         grid=(4,),
+    ),
+    "plain write beside an atomic": Case(
+        """
+        extern "C" __global__ void k(int* count) {
+            if (threadIdx.x == 63) *count = 100;
+            EITHER(__syncthreads();,)
+            atomicAdd(count, 1);
+        }""",
+        lambda: [np.zeros(1, np.int32)],
+        lambda count: [164],
+        plain="wrong",
+        check="race: a write, after a write",
+        at="*count = 100",
+    ),
+    "atomic after a plain write": Case(
+        """
+        extern "C" __global__ void k(int* count) {
+            if (threadIdx.x == 0) *count = 100;
+            EITHER(__syncthreads();,)
+            atomicAdd(count, 1);
+        }""",
+        lambda: [np.zeros(1, np.int32)],
+        lambda count: [164],
+        plain="wrong",
+        check="race: a write, after a write",
+        at="atomicAdd",
     ),
     "lost update": Case(
         """
@@ -252,6 +323,19 @@ CASES = {
         check="out-of-bounds read of .* bytes: argument 0 'x', index 61 of 61",
         at="float4 v",
         block=(16,),
+    ),
+    "16-byte copy over the end": Case(
+        """
+        extern "C" __global__ void k(const float* x, float* y) {
+            if (threadIdx.x < EITHER(15, 16))
+                reinterpret_cast<float4*>(y)[threadIdx.x] = reinterpret_cast<const float4*>(x)[threadIdx.x];
+        }""",
+        lambda: [numbers(61), np.zeros(64, F32)],
+        lambda x, y: np.append(x[:60], [0] * 4),
+        plain="wrong",
+        check="out-of-bounds read of .* bytes: argument 0 'x', index 61 of 61",
+        at="reinterpret_cast<float4*>",
+        block=(32,),
     ),
     "negative index": Case(
         """
@@ -434,6 +518,18 @@ CASES = {
         plain="wrong",
         check="read of memory never written: argument 1 'y', index 0 of 64",
     ),
+    "atomic on uninitialised memory": Case(
+        """
+        extern "C" __global__ void k(int* y) {
+            EITHER(y[threadIdx.x] = 0;,)
+            atomicAdd(y + threadIdx.x, 1);
+        }""",
+        lambda: [Uninitialised(np.zeros(64, np.int32))],
+        lambda y: np.ones(64),
+        plain="wrong",
+        check="read of memory never written: argument 0 'y', index 0 of 64",
+        at="atomicAdd",
+    ),
     "global memory that nobody writes": Case(
         """
         extern "C" __global__ void k(const float* x, float* y) {
@@ -460,6 +556,37 @@ CASES = {
         plain="error",
         check="divergent barrier: others wait in the __syncthreads at line 4",
         at="the other",
+    ),
+    "divergent __syncwarp": Case(
+        """
+        extern "C" __global__ void k(const float* x, float* y) {
+            if (threadIdx.x < EITHER(32, 16)) {
+                __syncwarp();
+                y[threadIdx.x] = x[threadIdx.x];
+            } else {
+                __syncwarp();  // the other
+                y[threadIdx.x] = 0;
+            }
+        }""",
+        x_to_y(32),
+        lambda x, y: x,
+        plain="error",
+        check="warp collective while lanes 0xffff wait in another at line 4",
+        at="the other",
+        block=(32,),
+    ),
+    "shuffle under two masks": Case(
+        """
+        extern "C" __global__ void k(const float* x, float* y) {
+            const unsigned mask = EITHER(~0u, (threadIdx.x < 16 ? 0xffffffu : ~0u));
+            y[threadIdx.x] = __shfl_xor_sync(mask, x[threadIdx.x], 1);
+        }""",
+        x_to_y(32),
+        lambda x, y: x.reshape(16, 2)[:, ::-1].ravel(),
+        plain="error",
+        check="warp collective with mask 0xffffffff while lanes 0xffff wait in another at line 4 with mask 0xffffff",
+        at="__shfl_xor_sync",
+        block=(32,),
     ),
     "exit before a shuffle": Case(
         """
@@ -529,6 +656,35 @@ CASES = {
         plain="wrong",
         check="race: a ",
         at="",
+        grid=(4,),
+    ),
+    "a block reads what an earlier one wrote": Case(
+        """
+        extern "C" __global__ void k(const float* x, float* y, float* z) {
+            const int i = blockIdx.x * blockDim.x + threadIdx.x;
+            y[i] = x[i];
+            __syncthreads();
+            z[i] = y[EITHER(i, threadIdx.x)];
+        }""",
+        lambda: [np.ones(256, F32), np.zeros(256, F32), np.zeros(256, F32)],
+        lambda x, y, z: x,
+        plain="wrong",
+        check=r"block \(1, 0, 0\).*race: a read, after a write by thread .* of block \(0,0,0\)",
+        grid=(4,),
+    ),
+    "a block writes what others have read": Case(
+        """
+        extern "C" __global__ void k(float* x, float* y) {
+            const float v = x[EITHER(blockIdx.x, 0)];
+            __syncthreads();
+            if (blockIdx.x == 1 && threadIdx.x == 0) x[EITHER(1, 0)] = 5;
+            y[blockIdx.x * blockDim.x + threadIdx.x] = v;
+        }""",
+        lambda: [np.ones(4, F32), np.zeros(256, F32)],
+        lambda x, y: np.ones(256),
+        plain="wrong",
+        check="race: a write, after a read",
+        at="= 5",
         grid=(4,),
     ),
     "write through a pointer to const": Case(
@@ -718,7 +874,8 @@ extern "C" __global__ void scan(const REAL* x, REAL* y) {
 template <class T, int N> struct alignas(N * sizeof(T)) Pack { T v[N]; };
 extern "C" __global__ void swap(const REAL* x, REAL* y) {
     __shared__ alignas(16) Pack<REAL, 2> s[2][16];
-    s[threadIdx.x / 16][threadIdx.x % 16] = reinterpret_cast<const Pack<REAL, 2>*>(x)[threadIdx.x];
+    for (int i = 0; i < 2; ++i)  // two threads write a struct
+        s[i][threadIdx.x / 2].v[threadIdx.x % 2] = x[32 * i + threadIdx.x];
     __syncthreads();
     const auto pair = s[1 - threadIdx.x / 16][threadIdx.x % 16];
     y[2 * threadIdx.x] = pair.v[1];
@@ -743,13 +900,16 @@ extern "C" __global__ void shuffles(const REAL* x, REAL* y, int d, int width) {
 
 extern "C" __global__ void votes(const int* x, unsigned* y) {
     const int p = x[threadIdx.x];
-    unsigned* out = y + 6 * threadIdx.x;
+    unsigned* out = y + 9 * threadIdx.x;
     out[0] = __ballot_sync(~0u, p);
     out[1] = __any_sync(~0u, p);
     out[2] = __all_sync(~0u, p);
     out[3] = __syncthreads_count(p);
     out[4] = __syncthreads_or(p);
     out[5] = __syncthreads_and(p);
+    out[6] = __syncthreads_count(1);
+    out[7] = __syncthreads_or(0);
+    out[8] = __syncthreads_and(1);
 }
 
 extern "C" __global__ void atomics(int* y, unsigned* u, float* f, unsigned long long* l) {
@@ -758,6 +918,14 @@ extern "C" __global__ void atomics(int* y, unsigned* u, float* f, unsigned long 
     atomicAnd(u, ~(1u << i % 32)), atomicOr(u + 1, 1u << i % 32), atomicXor(u + 2, 3u), atomicInc(u + 3, 6u);
     atomicCAS(u + 4, 0u, 9u);
     atomicAdd(f, 0.5f), atomicAdd(l, 1ull << 33);
+}
+
+extern "C" __global__ void leave_early(const REAL* x, REAL* y, int n) {  // which is no divergence
+    __shared__ REAL s[64];
+    if (threadIdx.x >= n) return;
+    s[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    y[threadIdx.x] = s[n - 1 - threadIdx.x];
 }
 
 extern "C" __global__ void dynamic(const REAL* x, REAL* y, int n) {
@@ -888,12 +1056,13 @@ def test_shuffles(launch, dtype, d, width):
 
 @pytest.mark.parametrize("votes", [np.zeros(64), np.ones(64), np.arange(64) == 40, np.arange(64) % 3])
 def test_votes(launch, votes):
-    x, y = votes.astype(np.int32), np.zeros((64, 6), np.uint32)
+    x, y = votes.astype(np.int32), np.zeros((64, 9), np.uint32)
     launch("votes", (1,), (64,), (x, y))
     for half in (0, 32):
         warp = x[half : half + 32] != 0
         ballot = sum(1 << lane for lane in range(32) if warp[lane])
-        assert (y[half : half + 32] == [ballot, warp.any(), warp.all(), (x != 0).sum(), x.any(), x.all()]).all()
+        expected = [ballot, warp.any(), warp.all(), (x != 0).sum(), x.any(), x.all(), 64, 0, 1]
+        assert (y[half : half + 32] == expected).all()
 
 
 def test_atomics(launch):
@@ -911,6 +1080,13 @@ def test_dynamic_shared_memory(launch, dtype):
         x, y = numbers(n, dtype), np.zeros(n, dtype)
         launch("dynamic", (1,), (n,), (x, y, np.int32(n)), shared_mem=x.nbytes)
         assert np.array_equal(y, x[::-1])
+
+
+@pytest.mark.parametrize("n", [64, 63, 32, 1])
+def test_barriers_do_not_wait_for_threads_that_have_ended(launch, dtype, n):
+    x, y = numbers(n, dtype), np.zeros(n, dtype)
+    launch("leave_early", (1,), (64,), (x, y, np.int32(n)))
+    assert np.array_equal(y, x[::-1])
 
 
 def test_vector_types(launch):
@@ -1066,8 +1242,19 @@ def test_one_array_given_twice(host):
     x = numbers(8)
     host.function("double_in_place")((1,), (8,), (x, x))
     assert np.array_equal(x, 2 * numbers(8))
-    host.function("double_in_place")((1,), (4,), (x[:4], x))  # one start is one array, as long as the longer
-    assert np.array_equal(x, [4, 8, 12, 16, 10, 12, 14, 16])
+    args = {**scale_arguments(), "x": x, "y": x}  # a pointer to const, and one that writes
+    host.function("scale")((1,), (32,), tuple(args.values()))
+    assert np.array_equal(x, 12 * numbers(8))
+
+
+def test_one_start_is_one_array_as_long_as_the_longest(host):
+    x = numbers(8)
+    host.function("double_in_place")((1,), (8,), (x[:4], x))
+    assert np.array_equal(x, 2 * numbers(8))
+    host.function("double_in_place")((1,), (8,), (x, x[:4]))
+    assert np.array_equal(x, 4 * numbers(8))
+    with pytest.raises(KernelError, match="argument 0 'x', index 4 of 4"):
+        host.function("double_in_place")((1,), (8,), (x[:4], numbers(8)))
 
 
 def test_arrays_that_overlap(host):

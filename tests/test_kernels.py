@@ -17,7 +17,7 @@ from backprop_gpu.costs import COSTS, choose_cost
 from backprop_gpu.optimizers import OPTIMIZERS, SGD, AdaGrad, Adam, AdamW, Lion, NAdam, RMSProp, choose_optimizer
 from backprop_gpu.regularization import Regularization
 
-SIZES = [(1, 1), (1, 31), (33, 1), (31, 33), (33, 64), (3, 257), (127, 12), (257, 10)]
+SIZES = [(1, 1), (1, 31), (33, 1), (31, 33), (33, 64), (40, 70), (3, 257), (127, 12), (257, 10)]
 LARGE = [(1, 10007), (10007, 1), (600, 20)]
 PAIRS = [(c, g) for c in COSTS.values() for g in OUTPUT.values() if c.outputs is None or g.name in c.outputs]
 MODES = {"plain": {}, "shuffled": {"seed": 1}, "check": {"check": True, "seed": 2}}
@@ -56,7 +56,7 @@ def dtype(request):
 @pytest.fixture
 def small_grids(device, monkeypatch):
     """Launches of so few blocks that every loop over the grid and over chunks goes round several times."""
-    for name, value in {"MOST_BLOCKS": 2, "MOST_PARTS": 3, "CHUNK": 16}.items():
+    for name, value in {"MOST_BLOCKS": 2, "MOST_PARTS": 3, "CHUNK": 16, "FILLED": 3}.items():
         monkeypatch.setattr(device.ops, name, value)
 
 
@@ -244,6 +244,16 @@ def test_output_delta_where_output_and_target_agree(device, dtype, rng, name, g)
     check_output_delta(device, choose_cost(name, g), OUTPUT[g], Z, T, 1.0)
 
 
+@pytest.mark.parametrize("n", [40, 1100])
+def test_output_delta_of_a_norm_of_small_errors(device, dtype, rng, n):
+    """Whose largest is far below 1, and whose squares vanish in float32; rows of a warp and of a block."""
+    T = rng.normal(size=(3, n)).astype(dtype)
+    Z = T + (1e-4 * rng.normal(size=(3, n))).astype(dtype)
+    check_output_delta(device, COSTS["norm"], OUTPUT["identity"], Z, T, 1.0)
+    tiny = (1e-25 * rng.normal(size=(3, n))).astype(dtype)
+    check_output_delta(device, COSTS["norm"], OUTPUT["identity"], tiny, np.zeros_like(T), 1.0)
+
+
 def test_output_delta_of_extreme_outputs(device, dtype):
     """Costs and Deltas stay finite, and a NaN or an infinity in Z is seen in C."""
     Z = np.array([[1e4, -1e4, 0], [-1e4, -1e4, -1e4], [88.8, -88.8, 0.1], [np.nan, 0, 0], [0, np.inf, 0]], dtype)
@@ -291,6 +301,10 @@ def test_measure(device, grid, dtype, rng, task):
         n = 1 if task == "binary" else n
         Z = rng.integers(-2, 3, (m, n)).astype(dtype)  # many ties and zeros
         T = rng.integers(0, n, m) if task == "labels" else rng.integers(0, 5, (m, n)).astype(dtype) / 4
+        if task == "multilabel":  # all right but for one output of every third row
+            T = (Z > 0).astype(dtype)
+            T[::3, rng.integers(0, n)] = 0.75
+            T[1::3, rng.integers(0, n)] = 0.5
         C = rng.normal(size=m).astype(dtype)
         for w in (rng.random(m).astype(dtype), None):
             ((its, wanted),) = both(
@@ -415,25 +429,79 @@ def test_update(device, grid, dtype, rng, rule):
 
 
 @pytest.mark.parametrize("shift", [1, 2, 3])
-def test_update_where_no_wide_access_may_start(device, dtype, rng, shift):
-    theta, g = rng.normal(size=103).astype(dtype), rng.normal(size=100).astype(dtype)
-    its = on(device, theta)
-    rule, row = SGD(0.1), device.ops.step_rows(SGD(0.1), [0.1], 1)[0]
-    part = its[shift : shift + 100]
-    device.ops.update(rule, part, on(device, g), (), row, device.xp.zeros(2), device.xp.zeros(1, np.int64))
-    theta[shift : shift + 100] -= dtype.type(0.1) * g
+@pytest.mark.parametrize("both_shifted", [True, False])
+def test_update_where_no_wide_access_may_start(device, dtype, rng, shift, both_shifted):
+    theta, g = rng.normal(size=103).astype(dtype), rng.normal(size=103).astype(dtype)
+    its, its_g = on(device, theta), on(device, g)
+    part, row = slice(shift, shift + 100), device.ops.step_rows(SGD(0.1), [0.1], 1)[0]
+    part_g = part if both_shifted else slice(100)
+    measured, diverged = device.xp.zeros(2), device.xp.zeros(1, np.int64)
+    device.ops.update(SGD(0.1), its[part], its_g[part_g], (), row, measured, diverged)
+    theta[part] -= dtype.type(0.1) * g[part_g]
     close(its, theta)
 
 
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_dropout_where_no_wide_access_may_start(device, dtype, rng, shift):
+    F = rng.normal(size=103).astype(dtype)
+    mask, A = np.zeros(100, dtype), np.zeros(100, dtype)
+    numpy_ops.drop(F[shift : shift + 100], 0.5, (5, 6), 1, mask, A)
+    its_F, its_mask, its_A = (on(device, np.zeros(103, dtype) + x) for x in (F, 0, 0))
+    part = slice(shift, shift + 100)
+    device.ops.drop(its_F[part], 0.5, (5, 6), 1, its_mask[part], its_A[part])
+    np.testing.assert_array_equal(to_host(its_mask)[part], mask)
+    np.testing.assert_array_equal(to_host(its_A)[part], A)
+    assert not to_host(its_A)[shift + 100 :].any()
+
+
+def test_update_counts_a_negative_variance_as_zero(device, dtype):
+    """RMSProp, centered: where v - a^2 is below 0 the step is lr g / eps."""
+    rule = RMSProp(0.01, alpha=0.9, centered=True, eps=0.5)
+    theta, g, v, a = (np.full(9, x, dtype) for x in (1.0, 1e-3, 0.0, 1.0))
+    its = [on(device, x) for x in (theta, v, a)]
+    measured, diverged = device.xp.zeros(2), device.xp.zeros(1, np.int64)
+    device.ops.update(
+        rule, its[0], on(device, g), its[1:], device.ops.step_rows(rule, [0.01], 1)[0], measured, diverged
+    )
+    close(its[0], theta - dtype.type(0.01 * 1e-3 / 0.5))
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 2500, 4999])
+@pytest.mark.parametrize(
+    ("rule", "lr", "theta", "g", "slot"),
+    [
+        (SGD(1.0), 1e21, 1.0, 1e18, None),
+        (SGD(1.0), 1e21, 1.0, -1e18, None),
+        (SGD(1.0, weight_decay=1e10), 1.0, 1e30, 1.0, None),
+        (SGD(1.0, weight_decay=1e10), 1.0, -1e30, 1.0, None),
+        (AdaGrad(1e-10), 1e-10, 1.0, 1e18, 3.4e38),
+    ],
+    ids=["step", "step back", "decay", "decay back", "slot"],
+)
+def test_update_finds_the_one_element_that_would_leave_the_finite_numbers(device, rng, rule, lr, theta, g, slot, at):
+    vectors = {name: np.full(5000, x, np.float32) for name, x in (("theta", 1), ("g", 1e-3), ("slot", 0))}
+    vectors["theta"][at], vectors["g"][at] = theta, g
+    if slot:
+        vectors["slot"][at] = slot
+    its = {name: on(device, v) for name, v in vectors.items()}
+    slots, diverged = (its["slot"],) * rule.slots, device.xp.zeros(1, np.int64)
+    with np.errstate(all="ignore"):
+        row = device.ops.step_rows(rule, [lr], 9)[0]
+        device.ops.update(rule, its["theta"], its["g"], slots, row, device.xp.zeros(2), diverged)
+    assert int(diverged[0]) == 9
+    for name, v in vectors.items():
+        np.testing.assert_array_equal(to_host(its[name]), v)
+
+
 @pytest.mark.parametrize("rule", RULES[:11], ids=list(OPTIMIZERS))
-@pytest.mark.parametrize("bad", ["cost", "gradient", "overflow", "outcome"])
+@pytest.mark.parametrize("bad", ["cost", "infinite cost", "gradient", "overflow", "outcome"])
 def test_update_takes_a_step_everywhere_or_nowhere(device, small_grids, rng, rule, bad):
     """The bad element is in the last block alone; every block must know. The step is latched, later ones rest."""
     n, lr = 5000, rule.lr
     theta, *slots = (abs(rng.normal(size=n)).astype(np.float32) for _ in range(1 + rule.slots))
     g, measured = rng.normal(size=n).astype(np.float32), np.array([1.0, 0.0])
-    if bad == "cost":
-        measured[0] = np.nan
+    if "cost" in bad:
+        measured[0] = np.inf if bad == "infinite cost" else np.nan
     elif bad == "gradient":
         g[-1] = np.inf
     elif bad == "overflow":

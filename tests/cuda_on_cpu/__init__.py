@@ -3,10 +3,10 @@
     module = cuda_on_cpu.Module(text, check=True)
     module.function("scale")((1,), (32,), (array, np.float32(2)))
 
-emulator.h is what a text sees, runtime.cpp runs its kernels. It cannot see: weak memory order, streams, inline PTX, limits
+emulator.h is what a text sees, runtime.cpp runs its kernels. Not seen: weak memory order, streams, inline PTX, limits
 of a launch beyond threads and dynamic shared memory, speed, threads that come to one barrier by different calls of the
-function that it is in. It alarms at what a GPU allows: memory that atomics and fences alone keep in order, or a
-__syncwarp of a part of a warp.
+function that it is in. Told as errors, though a GPU allows them: memory that atomics and fences alone keep in order,
+or a __syncwarp of a part of a warp.
 """
 
 import ctypes

@@ -94,11 +94,11 @@ void *scheduler_stack_pointer, *last_access;  // last_access: where in the unit,
 uint64_t random_state;
 
 Fiber* me() { return static_cast<Fiber*>(const_cast<Thread*>(current)); }
-uint64_t random_number() {
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return random_state;
+uint64_t random_number() {  // SplitMix64, good from seeds 1, 2, 3 on
+    uint64_t z = random_state += 0x9e3779b97f4a7c15;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+    z = (z ^ z >> 27) * 0x94d049bb133111eb;
+    return z ^ z >> 31;
 }
 template <class T> void shuffle_order(T* items, size_t n) {
     for (size_t i = n; i > 1; --i) std::swap(items[i - 1], items[random_number() % i]);
@@ -383,9 +383,6 @@ void set_up_block(unsigned id, unsigned threads) {
         f->state = RUNNING;
         prepare(f);
     }
-    if (!launch->seed) return;
-    for (Warp& warp : block.warps) shuffle_order(warp.turn, warp.lanes);
-    shuffle_order(block.turn.data(), block.turn.size());
 }
 void tell_deadlock() {
     static const char* const where[] = {"runs", "waits in a warp collective", "waits in __syncthreads"};
@@ -405,12 +402,15 @@ void tell_deadlock() {
 void tell_endless(void* pc) {
     fail(last_access ? last_access : pc, "the kernel has not ended after %g s of CPU time: an endless loop?", launch->seconds);
 }
-// Hostile on purpose: a warp runs as far as it can before the next one starts, and a thread before its neighbour.
+// Hostile on purpose: a warp runs as far as it can before the next one starts, and a thread before its neighbour; with a
+// seed, in another order after each barrier.
 void run_block(unsigned id, unsigned threads) {
     set_up_block(id, threads);
     while (block.alive) {
         bool ran = false;
+        if (launch->seed) shuffle_order(block.turn.data(), block.turn.size());
         for (Warp* warp : block.turn) {
+            if (launch->seed) shuffle_order(warp->turn, warp->lanes);
             while (warp->ready) {
                 for (unsigned i = 0; i < warp->lanes; ++i) {
                     if (!(warp->ready >> warp->turn[i]->lane & 1)) continue;
@@ -513,8 +513,9 @@ bool ordered(const Stamp& earlier, const Stamp& now) {
                    t.x, t.y, t.z, id % grid_size.x, id / grid_size.x % grid_size.y, id / grid_size.x / grid_size.y,
                    describe(address).text);
 }
-// The stamp of an access beside an earlier one that it need not be ordered with.
+// The stamp of an access together with an earlier one that no barrier keeps apart from it.
 Stamp beside(const Stamp& earlier, Stamp now) {
+    now.atomic &= earlier.atomic;
     now.by = std::max(now.by, earlier.by);
     if (earlier.block != now.block) now.by = MANY_BLOCKS;
     else if (earlier.thread / WARP != now.thread / WARP) now.by = std::max(now.by, ONE_BLOCK);
@@ -531,12 +532,8 @@ void check_cell(Region* region, Shadow& cell, uintptr_t address, bool write, con
         tell_race(write ? "a write, after a write" : "a read, after a write", cell.write, now, address);
     if (write && !after_reads && !only_me(cell.read, now))
         tell_race("a write, after a read", cell.read, now, address);
-    if (write) {
-        cell.write = after_writes ? now : beside(cell.write, now);
-        cell.read.block = 0;
-    } else {
-        cell.read = after_reads ? now : beside(cell.read, now);
-    }
+    if (write) cell.write = after_writes ? now : beside(cell.write, now);
+    else cell.read = after_reads ? now : beside(cell.read, now);
 }
 void access(uintptr_t address, size_t bytes, size_t align, bool write, bool atomic, void* return_address) {
     if (!current) return;
@@ -765,7 +762,7 @@ extern "C" int cuda_on_cpu_launch(const cuda_on_cpu::Kernel* kernel, Launch* lau
     launch->report.argument = -1;
     grid_size = {launch->grid[0], launch->grid[1], launch->grid[2]};
     block_size = {launch->block[0], launch->block[1], launch->block[2]};
-    random_state = launch->seed * 0x9e3779b97f4a7c15ull | 1;
+    random_state = launch->seed;
     run({arguments, arguments + count});
     if (!failed) return 0;
     Dl_info unit;
