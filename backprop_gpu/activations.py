@@ -62,11 +62,6 @@ class Activation(NamedTuple):
         for results of another shape and expressions that do not compile.
         """
         check_own("activation", name, OUTPUT, value, derivative)
-        if cuda is not None:
-            pair = isinstance(cuda, (tuple, list)) and len(cuda) == 2
-            if not (pair and all(isinstance(text, str) and text.strip() for text in cuda)):
-                raise ConfigError(f"cuda is {cuda!r}", "give two expressions, such as ('tanh(z)', '1 - a * a')")
-            cuda = cuda[0], cuda[1]
         if derivative_from not in ("A", "Z"):
             raise ConfigError(f"derivative_from is {derivative_from!r}", "give 'A' or 'Z'")
         return cls(
@@ -75,7 +70,7 @@ class Activation(NamedTuple):
             lambda xp, K, D, s: fill(D, derivative(xp, K), f"the derivative of {name}"),
             derivative_from,
             increasing=increasing,
-            cuda=cuda,
+            cuda=expressions(cuda, "('tanh(z)', '1 - a * a')"),
         )
 
 
@@ -85,6 +80,17 @@ def check_own(what: str, name: Any, taken: Any, *functions: Any) -> None:
         raise ConfigError(f"{name!r} cannot name your own {what}", "give an identifier that is not in use yet")
     if not all(map(callable, functions)):
         raise ConfigError(f"the {what} {name} has a value or derivative that is no function", "give two functions")
+
+
+def expressions(cuda: Any, such_as: str) -> tuple[str, str] | None:
+    """Value and derivative of a function of one's own as CUDA expressions, each on one line; None for none."""
+    if cuda is None:
+        return None
+    pair = isinstance(cuda, (tuple, list)) and len(cuda) == 2
+    if not (pair and all(isinstance(text, str) and text.strip() for text in cuda)):
+        raise ConfigError(f"cuda is {cuda!r}", f"give two expressions, such as {such_as}")
+    value, derivative = (" ".join(text.split()) for text in cuda)
+    return value, derivative
 
 
 def fill(out: Array, result: Any, what: str, number: bool = True) -> None:

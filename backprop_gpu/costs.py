@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import specs
-from .activations import Activation, Array, check_own, fill, sigmoid
+from .activations import Activation, Array, check_own, expressions, fill, sigmoid
 from .errors import ConfigError
 
 REDUCTIONS = ("mean", "sum")
@@ -29,6 +29,8 @@ class Cost(NamedTuple):
     `from_Z(ops, Z, T, Delta, C, s, smoothing)` writes C_i and dC_i/dZ of the canonical pair. A cost that is legal with
     any output has `from_Y(ops, Y, T, G, C, s)` instead, which writes C_i and G = dC_i/dY. `s` is scratch of the shape
     of Z. `smoothing` is the label smoothing of a training run: see `smoothed`. `parameter` is Huber's delta.
+    `cuda`: the part of one output in C_i, and its derivative, of a cost of one's own as the CUDA kernels get them;
+    kernels/costs.cuh has those of the table below.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Cost(NamedTuple):
     from_Y: Callable[[Any, Array, Array, Array, Array, Array], None] | None = None
     smoothing: float = 0.0
     parameter: float = 0.0
+    cuda: tuple[str, str] | None = None
 
     @classmethod
     def of(
@@ -44,6 +47,7 @@ class Cost(NamedTuple):
         name: str,
         value: Callable[[Any, Array, Array], Array],
         derivative: Callable[[Any, Array, Array], Array],
+        cuda: tuple[str, str] | None = None,
     ) -> Cost:
         """A cost of one's own, legal with every output function, from plain array code.
 
@@ -51,7 +55,11 @@ class Cost(NamedTuple):
         over samples. Y = A[L] and T, labels as one-hot rows, are (m, K) in the network's dtype, of the array module xp
         (numpy or cupy). `name` is what model files and messages call it.
 
-        ConfigError for a name that is taken or no identifier, and, when it is used, for results of another shape.
+        `cuda`: where C_i is a sum over the outputs, the part of one output and its derivative by y as CUDA C++
+        expressions of `y` and `t`, as in `Activation.of`.
+
+        ConfigError for a name that is taken or no identifier, for a `cuda` that is not two texts, and, when it is used,
+        for results of another shape and expressions that do not compile.
         """
         check_own("cost", name, COSTS, value, derivative)
 
@@ -63,7 +71,7 @@ class Cost(NamedTuple):
             fill(C, value(ops.xp, Y, T), f"the value of {name}", number=False)
             fill(G, derivative(ops.xp, Y, T), f"the derivative of {name}")
 
-        return cls(name, None, from_Y=from_Y)
+        return cls(name, None, from_Y=from_Y, cuda=expressions(cuda, "('log(cosh(y - t))', 'tanh(y - t)')"))
 
     def smoothed(self, smoothing: Any) -> Cost:
         """This cost on smoothed targets: (1 - e) t + e/K for cross-entropy (Szegedy et al., 2016), e/2 for binary.

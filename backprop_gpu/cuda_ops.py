@@ -79,13 +79,21 @@ def _kernel(file: str, name: str, dtype: np.dtype[Any], **defines: str) -> _Kern
 
 @functools.cache
 def _module(device: int, file: str, defines: tuple[tuple[str, str], ...]) -> dict[str, _Kernel]:
-    """The kernels of a file, compiled for a device on which they are first asked for."""
+    """The kernels of a file, compiled for the device on which they are first asked for."""
     source = cuda_source.text(file, **dict(defines))
     module = cp.RawModule(code=source, options=OPTIONS)
-    return {
-        name: _Kernel(name, module.get_function(name), parameters)
-        for name, parameters in cuda_source.signatures(source).items()
-    }
+    try:
+        return {
+            name: _Kernel(name, module.get_function(name), parameters)
+            for name, parameters in cuda_source.signatures(source).items()
+        }
+    except cp.cuda.compiler.CompileException as e:
+        if own := [text for name, text in defines if name.startswith("OWN_")]:
+            told = next((line for line in str(e).splitlines() if "error" in line), str(e))
+            raise ConfigError(
+                f"CUDA expressions of your own do not compile: {told.strip()}", f"mend them in: {' '.join(own)}"
+            ) from e
+        raise
 
 
 def _launch(kernel: _Kernel, grid: tuple[int, ...], block: tuple[int, ...], *given: Any) -> None:
@@ -206,12 +214,11 @@ def output_delta(
     _same_shape((m, K), Delta, T if T.ndim == 2 else None)
     _same_shape((m,), C, T if T.ndim == 1 else None, None if isinstance(w, float) else w)
     _same_shape((K,), db)
-    name = cost.name.partition(":")[0]
-    if not _is_compiled(g) or name not in MAKERS:
+    if not _is_compiled(g) or not (cost.cuda or _name(cost) in MAKERS):
         costs.output_delta(sys.modules[__name__], cost, g, Z, T, Delta, C)
         cp.multiply(Delta, w if isinstance(w, float) else w.reshape(-1, 1), out=Delta)
     else:
-        kernel = _kernel("output_delta.cu", "output_delta", Z.dtype, COST=f"cost_{name}", **_defines(g))
+        kernel = _kernel("output_delta.cu", "output_delta", Z.dtype, **_cost_defines(cost), **_defines(g))
         targets = (T, None) if T.ndim == 1 else (None, T)
         weight = (None, w) if isinstance(w, float) else (w, 0.0)
         _launch(kernel, *_rows(m, K), Z, *targets, *weight, cost.smoothing, cost.parameter, Delta, C, m, K)
@@ -407,13 +414,28 @@ def _defines(f: Activation) -> dict[str, str]:
     """What stands before the text of a kernel that applies f."""
     if f.cuda is None:
         return {"ACTIVATION": f"f_{f.name}"}
-    value, derivative = (" ".join(expression.split()) for expression in f.cuda)
+    value, derivative = f.cuda
     own = (
         f"struct f_{f.name} {{ static constexpr bool from_Z = {str(f.derivative_from == 'Z').lower()}, rows = false; "
         f"static __device__ real value(real z) {{ return {value}; }} "
         f"static __device__ real derivative(real {f.derivative_from.lower()}) {{ return {derivative}; }} }};"
     )
     return {"OWN_ACTIVATION": own, "ACTIVATION": f"f_{f.name}"}
+
+
+def _name(cost: Cost) -> str:
+    return cost.name.partition(":")[0]
+
+
+def _cost_defines(cost: Cost) -> dict[str, str]:
+    if cost.cuda is None:
+        return {"COST": f"cost_{_name(cost)}"}
+    value, derivative = cost.cuda
+    own = (
+        f"struct cost_{cost.name} {{ static __device__ real value(real y, real t, real) {{ return {value}; }} "
+        f"static __device__ real derivative(real y, real t, real) {{ return {derivative}; }} }};"
+    )
+    return {"OWN_COST": own, "COST": f"cost_{cost.name}"}
 
 
 def dot_targets(T: Array, M: Array, out: Array) -> None:

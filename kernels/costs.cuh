@@ -1,6 +1,6 @@
 // The table of costs: the part of C_i that one output makes, and its derivative by that output, from the output y and its
 // target t. Names and formulas are those of backprop_gpu/costs.py. The two costs of a canonical pair and the norm do not
-// fall apart like that: see output_delta.cu.
+// fall apart like that: see output_delta.cu. One's own cost is one more struct, written by the host from two expressions.
 #pragma once
 #include "common.cuh"
 
@@ -30,3 +30,7 @@ struct cost_mae {
     static __device__ real value(real y, real t, real) { return fabs(y - t); }
     static __device__ real derivative(real y, real t, real) { return sign(y - t); }
 };
+
+#ifdef OWN_COST
+OWN_COST
+#endif

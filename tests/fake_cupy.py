@@ -132,7 +132,7 @@ for _name in "iadd isub imul itruediv".split():
 
 
 class _Function:
-    """A kernel of a module. Nothing is compiled before the first launch, and CuPy looks at no type: the runner does."""
+    """A kernel of a module. CuPy looks at no type; what runs it on the CPU does."""
 
     def __init__(self, code, name):
         self.code, self.name = code, name
@@ -152,12 +152,21 @@ class _Function:
         function(grid, block, plain, shared_mem=shared_mem, seed=Mode.seed)
 
 
+class CompileException(Exception):  # noqa: N818 - CuPy's name
+    pass
+
+
 class RawModule:
     def __init__(self, *, code, options=()):
         assert options == ("--std=c++17",), options  # the runner compiles as these say
         self.code = code
 
     def get_function(self, name):
+        """Compiles, as CuPy does when the first function is asked for."""
+        try:
+            kernels_on_cpu.function(self.code, name, Mode.check)
+        except kernels_on_cpu.KernelError as e:
+            raise CompileException(str(e)) from None
         return _Function(self.code, name)
 
 
@@ -203,6 +212,7 @@ def module():
     cupy.asnumpy = lambda a: a.get()
     cupy.cuda = types.SimpleNamespace(
         Device=lambda index=0: contextlib.nullcontext(),
+        compiler=types.SimpleNamespace(CompileException=CompileException),
         runtime=types.SimpleNamespace(
             getDeviceCount=lambda: 1,
             getDevice=lambda: 0,

@@ -8,6 +8,9 @@ import os
 import cuda_on_cpu
 import kernel_variants
 import pytest
+from cuda_on_cpu import KernelError
+
+__all__ = ["KernelError", "build_ahead", "function", "require", "unwritten"]
 
 TEXTS = 12  # built together: fewer cost more each, more keep a test waiting
 

@@ -566,6 +566,65 @@ def test_an_expression_of_ones_own_is_a_function_of_the_table(device, grid, dtyp
         check_output_delta(device, COSTS["squared_error"], f, Z, T, 1.0)
 
 
+def test_a_cost_of_ones_own_is_one_of_the_table(device, dtype, rng):
+    log_cosh = bp.Cost.of(
+        "log_cosh",
+        lambda xp, Y, T: xp.log(xp.cosh(Y - T)).sum(axis=1),
+        lambda xp, Y, T: xp.tanh(Y - T),
+        cuda=("log(cosh(y - t))", "tanh(y - t)"),
+    )
+    Z, T, labels = rng.normal(size=(33, 12)), rng.normal(size=(33, 12)), rng.integers(0, 12, 33)
+    for g in ("softmax", "sigmoid", "gelu"):
+        check_output_delta(device, log_cosh, OUTPUT[g], Z.astype(dtype), T.astype(dtype), 1.0)
+        check_output_delta(device, log_cosh, OUTPUT[g], Z.astype(dtype), labels, 1.0)
+    before = fake_cupy.Counts.allocations
+    Zd, Td, Delta, C = on(device, Z), on(device, T), device.xp.empty((33, 12)), device.xp.empty(33)
+    device.ops.output_delta(log_cosh, OUTPUT["tanh"], Zd, Td, 1.0, Delta, C)
+    assert fake_cupy.Counts.allocations <= before + 4  # those four: the kernel ran, not the array code
+
+
+def test_expressions_that_do_not_compile_are_told(device):
+    f = Activation.of("oops", lambda xp, Z: Z, lambda xp, Z: Z, cuda=("z + nonsense", "1"))
+    Z = device.zeros(4, np.float32).reshape(2, 2)
+    with pytest.raises(bp.ConfigError, match=r"CUDA expressions of your own do not compile: .*nonsense") as e:
+        device.ops.output(f, Z, Z)
+    assert "z + nonsense" in e.value.cure
+
+
+@pytest.mark.parametrize("cuda", ["z", ("z",), ("z", ""), ("z", 1), 3])
+def test_cuda_must_be_two_expressions(cuda):
+    with pytest.raises(bp.ConfigError, match="cuda is"):
+        Activation.of("own", lambda xp, Z: Z, lambda xp, Z: Z, cuda=cuda)
+    with pytest.raises(bp.ConfigError, match="cuda is"):
+        bp.Cost.of("own", lambda xp, Y, T: Y, lambda xp, Y, T: Y, cuda=cuda)
+
+
+def test_launches_are_guarded(device, dtype):
+    """CuPy would run a kernel on anything: other dtypes and strides, numbers of arguments, host arrays."""
+    ops, xp = device.ops, device.xp
+    M = xp.zeros((4, 4), dtype)
+    C, labels = xp.zeros(4, dtype), xp.zeros(4, np.int64)
+    for wrong in (M.T[:2], M[:, :2]):
+        with pytest.raises(TypeError, match="w must be a C-contiguous device array"):
+            ops.share(wrong, wrong)
+    with pytest.raises(TypeError, match="scores must be a C-contiguous device array"):
+        ops.measure("labels", OUTPUT["softmax"], M.T, labels, C, None, xp.zeros(2))
+    with pytest.raises(TypeError, match="labels must be a C-contiguous device array of int64"):
+        ops.measure("labels", OUTPUT["softmax"], M, xp.zeros(4, np.int32), C, None, xp.zeros(2))
+    with pytest.raises(TypeError, match="out must be a C-contiguous device array of float64"):
+        ops.measure("labels", OUTPUT["softmax"], M, labels, C, None, np.zeros(2))
+    with pytest.raises(ValueError, match="shape"):
+        ops.measure("labels", OUTPUT["softmax"], M, labels, C[:3], None, xp.zeros(2))
+    with pytest.raises(ValueError, match="shape"):
+        ops.drop(M, 0.5, (0, 1), 1, M[:3], M)
+    with pytest.raises(ValueError, match="shape"):
+        ops.output_delta(COSTS["mae"], OUTPUT["tanh"], M, M[:3], 1.0, M, C)
+    with pytest.raises(ValueError, match="shape"):
+        ops.gather(M, labels[:3], M)
+    with pytest.raises(TypeError, match="takes 3 arguments, not 2"):
+        ops._launch(ops._kernel("share.cu", "share", dtype), (1,), (32,), C, C)
+
+
 def test_the_same_bits_in_any_order(rng):
     """Sums have a fixed order, whatever the order in which threads, warps and blocks run."""
     Z, labels, C = rng.normal(size=(700, 40)).astype(np.float32), rng.integers(0, 40, 700), rng.normal(size=700)

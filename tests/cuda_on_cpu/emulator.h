@@ -1,6 +1,6 @@
-// What a CUDA text sees when g++ compiles it: CUDA's keywords, vector types, barriers, shuffles, atomics and mathematics.
-// No header is included, as under NVRTC: a text that needs one does not compile here either, and builds stay short.
-// runtime.cpp runs the kernels. Every CUDA thread is a fiber that runs until it meets a barrier.
+// What a CUDA text sees when g++ compiles it: CUDA's keywords, vector types, barriers, shuffles, atomics, mathematics.
+// runtime.cpp runs the kernels: every CUDA thread is a fiber that runs until it meets a barrier. No header is included, so
+// that builds are short.
 #pragma once
 
 using size_t = decltype(sizeof 0);
@@ -47,7 +47,9 @@ namespace cuda_on_cpu {
 struct Place {
     const char* file;
     int line;
-    static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+    static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+        return {file, line};
+    }
 };
 
 struct Thread {
@@ -73,8 +75,8 @@ void* dynamic_shared_memory(const char* name, unsigned cell);
 template <class T> struct Cell { static constexpr unsigned size = alignof(T) < 4 || !__is_class(T) ? alignof(T) : 4; };
 template <class T, size_t n> struct Cell<T[n]> : Cell<T> {};
 
-// `__shared__ T x[8];` becomes `auto& x = shared<T[8]>("x", [] {});`. The lambda's type differs for each declaration and
-// for each instance of a template, so each has its own slot.
+// `__shared__ T x[8];` becomes `auto& x = shared<T[8]>("x", [] {});`. The lambda's type differs for each declaration
+// and for each instance of a template, so each has its own slot.
 template <class A, class Declaration> inline A& shared(const char* name, Declaration) {
     static const unsigned slot = new_shared_slot();
     return *static_cast<A*>(shared_memory(slot, name, sizeof(A), Cell<A>::size));
@@ -94,7 +96,9 @@ struct Kernel {
     int count;
     const Parameter* parameters;
 };
-template <class T, bool structure = __is_class(T)> struct Type { static constexpr char kind = T(-1) < T(0) ? 'i' : 'u'; };
+template <class T, bool structure = __is_class(T)> struct Type {
+    static constexpr char kind = T(-1) < T(0) ? 'i' : 'u';
+};
 template <class T> struct Type<T, true> { static constexpr char kind = 'V'; };
 template <> struct Type<bool> { static constexpr char kind = 'b'; };
 template <> struct Type<float> { static constexpr char kind = 'f'; };
@@ -209,7 +213,8 @@ CUDA_ON_CPU_ATOMIC(atomicOr, CUDA_ON_CPU_UPDATE, old | value)
 CUDA_ON_CPU_ATOMIC(atomicXor, CUDA_ON_CPU_UPDATE, old ^ value)
 CUDA_ON_CPU_ATOMIC(atomicExch, CUDA_ON_CPU_UPDATE, value)
 CUDA_ON_CPU_ATOMIC(atomicInc, CUDA_ON_CPU_UPDATE, old >= value ? 0 : old + 1)
-CUDA_ON_CPU_ATOMIC(atomicCAS, (T * p, CUDA_ON_CPU_VALUE expected, CUDA_ON_CPU_VALUE value), old == expected ? value : old)
+CUDA_ON_CPU_ATOMIC(atomicCAS, (T * p, CUDA_ON_CPU_VALUE expected, CUDA_ON_CPU_VALUE value),
+                   old == expected ? value : old)
 
 // ---- mathematics ----------------------------------------------------------------------------------------------------
 // In CUDA the overloads for float, double and the integers (as double) stand in the global namespace.
@@ -224,18 +229,17 @@ CUDA_ON_CPU_ATOMIC(atomicCAS, (T * p, CUDA_ON_CPU_VALUE expected, CUDA_ON_CPU_VA
     inline float name(float x, float y) { return name##f(x, y); } \
     inline double name(float x, double y) { return name(double(x), y); } \
     inline double name(double x, float y) { return name(x, double(y)); }
-// clang-format off
 CUDA_ON_CPU_MATH1(exp) CUDA_ON_CPU_MATH1(exp2) CUDA_ON_CPU_MATH1(expm1) CUDA_ON_CPU_MATH1(log) CUDA_ON_CPU_MATH1(log2)
 CUDA_ON_CPU_MATH1(log10) CUDA_ON_CPU_MATH1(log1p) CUDA_ON_CPU_MATH1(sqrt) CUDA_ON_CPU_MATH1(cbrt) CUDA_ON_CPU_MATH1(sin)
 CUDA_ON_CPU_MATH1(cos) CUDA_ON_CPU_MATH1(tan) CUDA_ON_CPU_MATH1(sinh) CUDA_ON_CPU_MATH1(cosh) CUDA_ON_CPU_MATH1(tanh)
-CUDA_ON_CPU_MATH1(asin) CUDA_ON_CPU_MATH1(acos) CUDA_ON_CPU_MATH1(atan) CUDA_ON_CPU_MATH1(asinh) CUDA_ON_CPU_MATH1(acosh)
-CUDA_ON_CPU_MATH1(atanh) CUDA_ON_CPU_MATH1(erf) CUDA_ON_CPU_MATH1(erfc) CUDA_ON_CPU_MATH1(lgamma) CUDA_ON_CPU_MATH1(tgamma)
-CUDA_ON_CPU_MATH1(floor) CUDA_ON_CPU_MATH1(ceil) CUDA_ON_CPU_MATH1(trunc) CUDA_ON_CPU_MATH1(round) CUDA_ON_CPU_MATH1(rint)
-CUDA_ON_CPU_MATH1(nearbyint) CUDA_ON_CPU_MATH1(fabs)
+CUDA_ON_CPU_MATH1(asin) CUDA_ON_CPU_MATH1(acos) CUDA_ON_CPU_MATH1(atan) CUDA_ON_CPU_MATH1(asinh)
+CUDA_ON_CPU_MATH1(acosh) CUDA_ON_CPU_MATH1(atanh) CUDA_ON_CPU_MATH1(erf) CUDA_ON_CPU_MATH1(erfc)
+CUDA_ON_CPU_MATH1(lgamma) CUDA_ON_CPU_MATH1(tgamma) CUDA_ON_CPU_MATH1(floor) CUDA_ON_CPU_MATH1(ceil)
+CUDA_ON_CPU_MATH1(trunc) CUDA_ON_CPU_MATH1(round) CUDA_ON_CPU_MATH1(rint) CUDA_ON_CPU_MATH1(nearbyint)
+CUDA_ON_CPU_MATH1(fabs)
 CUDA_ON_CPU_MATH2(pow) CUDA_ON_CPU_MATH2(fmod) CUDA_ON_CPU_MATH2(fmax) CUDA_ON_CPU_MATH2(fmin) CUDA_ON_CPU_MATH2(fdim)
 CUDA_ON_CPU_MATH2(atan2) CUDA_ON_CPU_MATH2(hypot) CUDA_ON_CPU_MATH2(copysign) CUDA_ON_CPU_MATH2(nextafter)
 CUDA_ON_CPU_MATH2(remainder)
-// clang-format on
 inline float pow(float x, int y) { return powf(x, float(y)); }
 inline double pow(double x, int y) { return pow(x, double(y)); }
 extern "C" double fma(double, double, double);

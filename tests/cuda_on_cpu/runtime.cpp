@@ -1,6 +1,6 @@
 // Runs the kernels that emulator.h lets g++ compile: one block at a time, each CUDA thread a fiber, all on the caller's
-// thread. A unit built with -fsanitize=thread,undefined calls the hooks at the end of this file, for the sanitizers' own
-// libraries are not linked: they check every load and store by CUDA's rules. For x86-64 Linux.
+// thread. A unit built with -fsanitize=thread,undefined calls the hooks at the end of this file, for the sanitizers'
+// own libraries are not linked: they check every load and store by CUDA's rules. For x86-64 Linux.
 #define CUDA_ON_CPU_RUNTIME
 #include "emulator.h"
 
@@ -168,9 +168,9 @@ __attribute__((format(printf, 2, 3))) void fail(Where where, const char* format,
 
 // ---- guarded memory -------------------------------------------------------------------------------------------------
 // Every array ends at an unreadable page, less at most 15 bytes for its alignment, and has another such page before it.
-// What surrounds it on its own pages holds NaNs with a number of their own, which a launch must leave as they are: to copy
-// one array's surroundings into another's is no way out. Uninitialised memory holds 0xff, and so reads as NaN, or -1. All
-// arrays lie in the middle of a reserve that no 32-bit index leads out of.
+// What surrounds it on its own pages holds NaNs that bear a number, which a launch must leave as they are: another
+// array's surroundings, copied there, would bear another. Uninitialised memory holds 0xff, and so reads as NaN, or -1.
+// All arrays lie in the middle of a reserve that no 32-bit index leads out of.
 constexpr size_t RESERVE = size_t(64) << 30, CHUNK = 64 << 10;
 constexpr int UNWRITTEN = 0xff;
 
@@ -400,10 +400,11 @@ void tell_deadlock() {
     fail(first, "deadlock in block %u: %u threads wait for ever, the others have ended%s", block.id, block.alive, text);
 }
 void tell_endless(void* pc) {
-    fail(last_access ? last_access : pc, "the kernel has not ended after %g s of CPU time: an endless loop?", launch->seconds);
+    fail(last_access ? last_access : pc, "the kernel has not ended after %g s of CPU time: an endless loop?",
+         launch->seconds);
 }
-// Hostile on purpose: a warp runs as far as it can before the next one starts, and a thread before its neighbour; with a
-// seed, in another order after each barrier.
+// Hostile on purpose: a warp runs as far as it can before the next one starts, and a thread before its neighbour; with
+// a seed, in another order after each barrier.
 void run_block(unsigned id, unsigned threads) {
     set_up_block(id, threads);
     while (block.alive) {
@@ -535,21 +536,18 @@ void check_cell(Region* region, Shadow& cell, uintptr_t address, bool write, con
     if (write) cell.write = after_writes ? now : beside(cell.write, now);
     else cell.read = after_reads ? now : beside(cell.read, now);
 }
-void access(uintptr_t address, size_t bytes, size_t align, bool write, bool atomic, void* return_address) {
+void access(uintptr_t address, size_t bytes, bool write, bool atomic, void* return_address) {
     if (!current) return;
     Region* region = region_at(address);
     if (!region) return;  // the thread's own variables, constants; from a wild pointer the access itself faults
     void* const pc = static_cast<char*>(return_address) - 1;  // in the call, not behind it
     last_access = pc;
-    const char* const verb = write ? "write" : "read";
     const uintptr_t lo = uintptr_t(region->lo), hi = uintptr_t(region->hi);
     if (address < lo || address + bytes > hi) {
         const uintptr_t outside = address < lo ? address : std::max(address, hi);
-        fail_and_leave(pc, "out-of-bounds %s of %zu bytes: %s", verb, bytes, describe(outside).text);
+        fail_and_leave(pc, "out-of-bounds %s of %zu bytes: %s", write ? "write" : "read", bytes,
+                       describe(outside).text);
     }
-    if (address % align) fail_and_leave(pc, "misaligned %s of %zu bytes: %s", verb, bytes, describe(address).text);
-    if (write && region->read_only)
-        fail_and_leave(pc, "write through a pointer to const: %s", describe(address).text);
     const Fiber* f = me();
     const Stamp now{pc, block.serial, block.epoch, block.warps[f->warp].epoch, uint16_t(f->index), atomic, ONE_THREAD};
     const size_t first = (address - lo) / region->cell, last = (address - lo + bytes - 1) / region->cell;
@@ -578,7 +576,8 @@ const Group* meet(unsigned mask, uint64_t value, Place at, unsigned* slot, bool 
         group->arrived = group->slot = 0;
     }
     if (group->arrived && !same(group->place, at))
-        fail_and_leave(at, "warp collective while lanes %#x wait in another at line %d", group->arrived, group->place.line);
+        fail_and_leave(at, "warp collective while lanes %#x wait in another at line %d", group->arrived,
+                       group->place.line);
     group->place = at;
     *slot = group->slot;
     group->value[*slot][lane] = value;
@@ -625,12 +624,12 @@ void shuffle(unsigned mask, void* value, size_t size, unsigned from_lane, Place 
     memcpy(value, &group->value[slot][from_lane], size);
 }
 void atomic_access(const void* p, unsigned size) {
-    if (launch->check) access(uintptr_t(p), size, size, true, true, __builtin_return_address(0));
+    if (launch->check) access(uintptr_t(p), size, true, true, __builtin_return_address(0));
 }
 void stop(const char* why, Place at) { fail_and_leave(at, "%s", why); }
 
 // ---- shared memory --------------------------------------------------------------------------------------------------
-// A shared variable keeps its memory from block to block. The first thread of a block to reach it makes it uninitialised.
+// A shared variable keeps its memory from block to block; a block's first thread to reach it makes it uninitialised.
 namespace {
 std::vector<Region*> shared_regions(1);  // by slot; slot 0 is the launch's dynamic memory
 void* shared_region(unsigned slot, const char* name, size_t bytes, unsigned cell) {
@@ -659,7 +658,8 @@ void* shared_memory(unsigned slot, const char* name, size_t bytes, unsigned cell
     return shared_region(slot, name, bytes, cell);
 }
 void* dynamic_shared_memory(const char* name, unsigned cell) {
-    if (!launch->shared_bytes) fail_and_leave({}, "'%s' is dynamic shared memory, of which the launch gives none", name);
+    if (!launch->shared_bytes)
+        fail_and_leave({}, "'%s' is dynamic shared memory, of which the launch gives none", name);
     return shared_region(0, name, launch->shared_bytes, cell);
 }
 
@@ -752,7 +752,8 @@ void run(std::vector<Argument> arguments) {
 }  // namespace cuda_on_cpu
 
 // ---- what Python calls ----------------------------------------------------------------------------------------------
-extern "C" int cuda_on_cpu_launch(const cuda_on_cpu::Kernel* kernel, Launch* launch, const Argument* arguments, int count) {
+extern "C" int cuda_on_cpu_launch(const cuda_on_cpu::Kernel* kernel, Launch* launch, const Argument* arguments,
+                                  int count) {
     using namespace cuda_on_cpu;
     cuda_on_cpu::kernel = kernel;
     cuda_on_cpu::launch = launch;
@@ -773,30 +774,29 @@ extern "C" int cuda_on_cpu_launch(const cuda_on_cpu::Kernel* kernel, Launch* lau
 }
 
 // ---- what code built with -fsanitize=thread calls: a hook before each access ----------------------------------------
-// The unaligned hooks are for types whose alignment is less than their size, so theirs is left to the other sanitizer.
+#define HOOKS(kind, bytes)                                                                   \
+    void __tsan_##kind##read##bytes(void* p) {                                               \
+        cuda_on_cpu::access(uintptr_t(p), bytes, false, false, __builtin_return_address(0)); \
+    }                                                                                        \
+    void __tsan_##kind##write##bytes(void* p) {                                              \
+        cuda_on_cpu::access(uintptr_t(p), bytes, true, false, __builtin_return_address(0));  \
+    }
 extern "C" {
 void __tsan_init() {}
-#define HOOKS(name, bytes, align)                                                                  \
-    void __tsan_##name##read##bytes(void* p) {                                                     \
-        cuda_on_cpu::access(uintptr_t(p), bytes, align, false, false, __builtin_return_address(0)); \
-    }                                                                                              \
-    void __tsan_##name##write##bytes(void* p) {                                                    \
-        cuda_on_cpu::access(uintptr_t(p), bytes, align, true, false, __builtin_return_address(0));  \
-    }
-HOOKS(, 1, 1)
-HOOKS(, 2, 2)
-HOOKS(, 4, 4)
-HOOKS(, 8, 8)
-HOOKS(, 16, 16)
-HOOKS(unaligned_, 2, 1)
-HOOKS(unaligned_, 4, 1)
-HOOKS(unaligned_, 8, 1)
-HOOKS(unaligned_, 16, 1)
+HOOKS(, 1)
+HOOKS(, 2)
+HOOKS(, 4)
+HOOKS(, 8)
+HOOKS(, 16)
+HOOKS(unaligned_, 2)
+HOOKS(unaligned_, 4)
+HOOKS(unaligned_, 8)
+HOOKS(unaligned_, 16)
 void __tsan_read_range(void* p, size_t bytes) {
-    cuda_on_cpu::access(uintptr_t(p), bytes, 1, false, false, __builtin_return_address(0));
+    cuda_on_cpu::access(uintptr_t(p), bytes, false, false, __builtin_return_address(0));
 }
 void __tsan_write_range(void* p, size_t bytes) {
-    cuda_on_cpu::access(uintptr_t(p), bytes, 1, true, false, __builtin_return_address(0));
+    cuda_on_cpu::access(uintptr_t(p), bytes, true, false, __builtin_return_address(0));
 }
 
 // ---- what code built with -fsanitize=undefined calls, on undefined behaviour ----------------------------------------
