@@ -234,10 +234,9 @@ def installed(cupy=None, check=False, seed=0):
 
     kernels_on_cpu.require()
     Mode.check, Mode.seed = check, seed
-    usual = cupy is None
-    if usual and not _usual:
+    if cupy is None and not _usual:
         _usual["cupy"] = module()
-    mine = _usual if usual else {"cupy": cupy}
+    mine = _usual if cupy is None else {"cupy": cupy}
     names = ("cupy", "backprop_gpu.cuda_ops")
     before = {name: sys.modules.pop(name, None) for name in names}
     sys.modules.update(mine)
@@ -251,7 +250,7 @@ def installed(cupy=None, check=False, seed=0):
         Mode.check, Mode.seed = False, 0
         for name, old in before.items():
             now = sys.modules.pop(name, None)
-            if usual and now is not None:
+            if cupy is None and getattr(now, "cp", None) is _usual["cupy"]:
                 _usual[name] = now
             if old is not None:
                 sys.modules[name] = old
