@@ -363,7 +363,7 @@ def _rule(rule: Optimizer) -> tuple[str, Callable[[Any, Any], tuple[float, ...]]
     return _RULES[type(rule)]
 
 
-def step_rows(rule: Optimizer, lrs: Sequence[float], t: int) -> Array:
+def step_rows(rule: Optimizer, lrs: Sequence[float], t: int) -> Any:
     """What `update` needs of the steps t, t + 1, ... (from 1) at these learning rates: a row each, on the device.
 
     The only copy to the device during an epoch, made before its first step.
@@ -374,7 +374,7 @@ def step_rows(rule: Optimizer, lrs: Sequence[float], t: int) -> Array:
 
 
 def update(
-    rule: Optimizer, theta: Array, gradient: Array, slots: Slots, row: Array, measured: Array, diverged: Array
+    rule: Optimizer, theta: Array, gradient: Array, slots: Slots, row: Any, measured: Array, diverged: Array
 ) -> bool:
     """Apply `rule` to the flat vectors, as the step that `row` of `step_rows` says, unless the run has diverged.
 

@@ -179,13 +179,13 @@ class _Step(NamedTuple):
     coefficients: tuple[float, ...]
 
 
-def step_rows(rule: Optimizer, lrs: Sequence[float], t: int) -> list[_Step]:
+def step_rows(rule: Optimizer, lrs: Sequence[float], t: int) -> Any:
     """What `update` needs of the steps t, t + 1, ... (from 1) at these learning rates."""
     return [_Step(i, lr, rule.coefficients(lr, i)) for i, lr in enumerate(lrs, t)]
 
 
 def update(
-    rule: Optimizer, theta: Array, gradient: Array, slots: Slots, row: _Step, measured: Array, diverged: Array
+    rule: Optimizer, theta: Array, gradient: Array, slots: Slots, row: Any, measured: Array, diverged: Array
 ) -> bool:
     """Apply `rule` to the flat vectors, as the step that `row` of `step_rows` says, unless the run has diverged.
 

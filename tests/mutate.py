@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import ast
 import fnmatch
+import itertools
 import os
 import random
 import re
@@ -48,7 +49,8 @@ SCOPE = {
     "initializers": "* module",
     "batches": "generator epoch_plan split_off steps_per_epoch module",
     "numpy_ops": "* module",
-    "cuda_ops": "*",
+    "cuda_ops": "* module",
+    "cuda_source": "*",
     "executors": "Eager.*",
     "training": "train _evaluate _whole _gradient_norms _norm _lr",
     "stopping": "*",
@@ -70,6 +72,7 @@ OPERATIONS = {  # of an array module, or methods of arrays
     "sum": "mean", "all": "any", "any": "all", "isfinite": "isnan", "cos": "sin", "ceil": "floor", "floor": "ceil",
     "cumsum": "cumprod", "zeros": "ones", "logical_and": "logical_or", "count_nonzero": "size",
 }  # fmt: skip
+GUARDED = "cuda_ops", "cuda_source"  # whose checks count too: nothing behind them looks at what a kernel is given
 BUILTINS = {"max": "min", "min": "max", "abs": "float", "round": "int"}
 BINARY = {
     ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"), ast.Pow: ("**", "*"),
@@ -79,6 +82,7 @@ BINARY = {
 COMPARISONS = {
     ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="),
     ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is"), ast.In: ("in", "not in"),
+    ast.NotIn: ("not in", "in"),
 }  # fmt: skip
 ORDERED = {"matmul", "subtract", "divide"}  # the order of whose arguments matters
 NO_FORMULA_STATEMENTS = r"super|object\.|warnings|_?check|lookup|_refuse|_call|whole_steps|save|rule\.check|inputs\."
@@ -96,6 +100,7 @@ NO_FORMULA_CALLS = {
 }
 
 _OPERATIONS, _GRADIENTS = "tests/test_operations.py", "tests/test_gradients.py"
+_KERNELS, _DEVICE = "tests/test_kernels.py", ("tests/test_device_training.py",)
 _ONE_SIZE = "not float32 and not 1-1 and not 1-31 and not 33-1 and not 3-257 and not 127-10"
 _QUICK = "own_functions dropout regularization weights network layers stopping training inputs"
 
@@ -107,19 +112,33 @@ def _plan(first: str, *later: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [stage for stage in (quick, *later, slow) if stage]
 
 
+_ON_NUMPY = (_OPERATIONS, "-k", f"not fake and {_ONE_SIZE}"), (_OPERATIONS, "-k", "not fake")
+_ON_KERNELS = (  # which are compiled once and then kept between runs
+    (_OPERATIONS, "-k", f"fake and {_ONE_SIZE}"),
+    (_KERNELS, "-k", "plain and small"),
+    _DEVICE,
+    (_KERNELS, "-k", "plain"),
+    (_OPERATIONS, "-k", "fake"),
+)
+
 # Module: what each mutant of it meets, quickest first.
 PLAN = {
     "network": _plan("network layers dropout weights regularization", (_GRADIENTS, "-k", "True-2 or (tanh and False)")),
-    "activations": _plan("", (_OPERATIONS, "-k", _ONE_SIZE), (_OPERATIONS,)),
-    "costs": _plan("own_functions regularization", (_OPERATIONS, "-k", _ONE_SIZE), (_OPERATIONS,)),
-    "dropout": _plan("dropout"),
+    "activations": _plan("", *_ON_NUMPY, (_KERNELS, "-k", "expression and (plain or two)")),
+    "costs": _plan("own_functions regularization", *_ON_NUMPY, (_KERNELS, "-k", "(expression or ones_own) and plain")),
+    "dropout": _plan("dropout", (_KERNELS, "-k", "dropout and plain")),
     "regularization": _plan("regularization"),
     "initializers": _plan("network"),
     "batches": _plan("stopping"),
-    "numpy_ops": [*_plan("weights network", (_OPERATIONS, "-k", _ONE_SIZE), (_OPERATIONS,)), ("tests/test_memory.py",)],
-    "cuda_ops": _plan("weights", (_OPERATIONS, "-k", f"fake and {_ONE_SIZE}"), (_OPERATIONS, "-k", "fake")),
-    "executors": _plan("weights regularization dropout"),
-    "training": _plan("stopping weights"),
+    "numpy_ops": [*_plan("weights network", *_ON_NUMPY), ("tests/test_memory.py",)],
+    "cuda_ops": [*_ON_KERNELS, ("tests/test_own_functions.py",)],
+    "cuda_source": [
+        (_KERNELS, "-k", "plain and (gather or launches)"),
+        ("tests/test_package.py", "-k", "found"),
+        *_ON_KERNELS,
+    ],
+    "executors": _plan("weights regularization dropout", _DEVICE),
+    "training": _plan("stopping weights", _DEVICE),
     "stopping": _plan("stopping"),
     "inputs": _plan("weights"),
     "optimizers": _plan("optimizers"),
@@ -148,9 +167,6 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("numpy_ops", "reach = 2 + math.sqrt(norm2)"): _HEED,
     ("numpy_ops", "reach = 1 + float(norm2)"): _HEED,
     ("numpy_ops", "reach += rule.weight_decay * float(float(np.dot(theta, theta)))"): _HEED,
-    ("cuda_ops", "f.value(cp, Z, A, _like(Z, 3))"): "one more scratch array than is used",
-    ("cuda_ops", "g.value(cp, Z, A, _like(Z, 3))"): "one more scratch array than is used",
-    ("cuda_ops", "D, *s = _like(out, 4)"): "one more scratch array than is used",
     ("stopping", "return self._deadline is not None and time.perf_counter() >= self._deadline"): "one tick of a clock",
     ("optimizers", "while at < t and M > 1.1e-20:"): "how small a product counts as none",
     ("optimizers", "weight_decay = 0.0"): "every rule has a field of that name",
@@ -280,8 +296,24 @@ class _Sites(ast.NodeVisitor):
             self.condition(node.test)
             for statement in node.body:
                 self.visit(statement)
+        elif self.module in GUARDED:
+            self.replace(node.test, "False")
         for statement in node.orelse:
             self.visit(statement)
+
+    def visit_Return(self, node: ast.Return | ast.Lambda) -> None:
+        value = node.value if isinstance(node, ast.Return) else node.body
+        if isinstance(value, ast.Tuple):
+            self.neighbours(value.elts)
+        self.generic_visit(node)
+
+    visit_Lambda = visit_Return  # type: ignore[assignment]
+
+    def neighbours(self, nodes: list[ast.expr]) -> None:
+        """Exchange each two that stand side by side."""
+        for first, second in itertools.pairwise(nodes):
+            if not isinstance(first, ast.Starred) and not isinstance(second, ast.Starred):
+                self.add(self.span(first)[0], self.span(second)[1], f"{self.text(second)}, {self.text(first)}")
 
     def visit_IfExp(self, node: ast.IfExp) -> None:
         self.condition(node.test)
@@ -331,10 +363,14 @@ class _Sites(ast.NodeVisitor):
                 self.replace(f, "float")
         elif name in BUILTINS:
             self.replace(f, BUILTINS[name])
-        if name in ORDERED and len(node.args) >= 2:
-            first, second = node.args[:2]
-            start, end = self.span(first)[0], self.span(second)[1]
-            self.add(start, end, f"{self.text(second)}, {self.text(first)}")
+        if name in ORDERED:
+            self.neighbours(node.args[:2])
+        if name == "_launch":  # the arguments behind kernel, grid and block
+            self.neighbours(node.args[2 if isinstance(node.args[1], ast.Starred) else 3 :])
+        if name == "_same_shape":
+            for a in node.args[1:]:
+                if not isinstance(a, ast.Starred):
+                    self.replace(a, "None")
         if name == "matmul":
             for a in node.args:
                 if isinstance(a, ast.Name):

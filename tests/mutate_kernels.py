@@ -64,9 +64,56 @@ NO_STATEMENT = {
     "enum", "extern", "constexpr", "static_assert", "auto", "switch", "case", "default",
 }  # fmt: skip
 
-# Mutants that change no behaviour, and why: (file, line with the mutant in it), or (file, line as it is) for every
-# mutant of that line, in both without a comment. A dropped statement reads ";  // the statement".
-EQUIVALENT: dict[tuple[str, str], str] = {}
+# Mutants that change no behaviour, and why: (file, line as it is, line with the mutant in it), both without a comment.
+# A dropped statement reads ";  // the statement".
+_ROOM = "one more element than is used"
+_AT_ZERO = "differs at 0 alone, where both sides are 0"
+_WIDE = "whether 16 bytes are moved at a time, for speed"
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "activations.cuh",
+        "static __device__ real value(real z) { return z < 0 ? z * real(0.01) : z; }",
+        "static __device__ real value(real z) { return z <= 0 ? z * real(0.01) : z; }",
+    ): _AT_ZERO,
+    (
+        "activations.cuh",
+        "static __device__ real value(real z) { return z < 0 ? expm1(z) : z; }",
+        "static __device__ real value(real z) { return z <= 0 ? expm1(z) : z; }",
+    ): _AT_ZERO,
+    ("column_sums.cu", "if (wide && aligned<WIDE>(M))", "if (false)"): _WIDE,
+    ("dropout.cu", "struct Words { unsigned w[4]; };", "struct Words { unsigned w[5]; };"): _ROOM,
+    (
+        "dropout.cu",
+        "for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i * 4 < n; i += stride) {",
+        "for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i / 4 < n; i += stride) {",
+    ): "the guards inside turn away what is too much",
+    (
+        "measure.cu",
+        "const long long first = blockIdx.x * chunk_rows, last = first + chunk_rows < m ? first + chunk_rows : m;",
+        "const long long first = blockIdx.x * chunk_rows, last = first + chunk_rows <= m ? first + chunk_rows : m;",
+    ): "both sides are the same then",
+    (
+        "regularize.cu",
+        "double sum_before = 0, sum_after = 0;",
+        "double sum_before = 1, sum_after = 0;",
+    ): "of the sum before, it counts only whether it is finite",
+    ("regularize.cu", "if (l1 != 0 || l2 != 0) {", "if (true) {"): "adds 0 to each, for theta is finite",
+    (
+        "regularize.cu",
+        "for (int i = threadIdx.x; i < blocks; i += blockDim.x) {",
+        "for (int i = threadIdx.x; i < blocks; i += gridDim.x) {",
+    ): "goes round once: there are as many parts as blocks, and no more than threads",
+    (
+        "update.cu",
+        "constexpr double HUGE = 1e12;",
+        "constexpr float HUGE = 1e12;",
+    ): "decides only whose outcome is computed, far from where it is needed",
+    (
+        "update.cu",
+        "real s[3] = {s0 ? s0[e] : real(0), s1 ? s1[e] : real(0), s2 ? s2[e] : real(0)};",
+        "real s[4] = {s0 ? s0[e] : real(0), s1 ? s1[e] : real(0), s2 ? s2[e] : real(0)};",
+    ): _ROOM,
+}
 
 
 class Mutant(NamedTuple):
@@ -89,7 +136,7 @@ class Mutant(NamedTuple):
     @property
     def reason(self) -> str | None:
         """Why it is equivalent, where EQUIVALENT says so."""
-        return EQUIVALENT.get((self.file, self.now), EQUIVALENT.get((self.file, self.was)))
+        return EQUIVALENT.get((self.file, self.was, self.now))
 
 
 # ---------------------------------------------------------------------------------------------------- the sites
@@ -365,6 +412,7 @@ class Worker:
             "PYTHONPATH": os.pathsep.join((str(self.copy), str(self.copy / "tests"))),
         }
         self.environment.pop("PYTEST_ADDOPTS", None)
+        self.process: subprocess.Popen[str] | None = None
         self.kept: set[Path] = set()  # binaries of the texts without a mutant
         self.red_before: list[str] = []  # tests that are red without any mutant
         ask = "from backprop_gpu import cuda_source; print(cuda_source.__file__)"
@@ -387,7 +435,9 @@ class Worker:
         shutil.copytree(other.cache, self.cache, dirs_exist_ok=True)
         self.red_before, self.kept = other.red_before, set(self.cache.iterdir())
 
-    def run(self, stems: list[str], seconds: float, more: tuple[str, ...] = ("-x",)) -> tuple[int | None, str]:
+    def run(
+        self, stems: list[str], seconds: float, more: tuple[str, ...] = ("-x",), first: str = ""
+    ) -> tuple[int | None, str]:
         """pytest's exit status, negative where a signal ended it, None where time did, and what it wrote."""
         command = [sys.executable, "-m", "pytest", "-q", "-p", "mutate_kernels", "-p", "no:cacheprovider"]
         command += ["-m", "not gpu and not slow", "--hypothesis-seed=0", "--tb=short", *more]
@@ -396,22 +446,27 @@ class Worker:
         with subprocess.Popen(
             command,
             cwd=self.copy,
-            env={**self.environment, "MUTANT_MEETS": " ".join(stems)},
+            env={**self.environment, "MUTANT_MEETS": " ".join(stems), "MUTANT_MEETS_FIRST": first},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
             start_new_session=True,
-        ) as process:
+        ) as self.process:
             try:
-                output, _ = process.communicate(timeout=seconds)
+                output, _ = self.process.communicate(timeout=seconds)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                return None, process.communicate()[0]
+                self.stop()
+                return None, self.process.communicate()[0]
             except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)
+                self.stop()
                 raise
-            return process.returncode, output
+            return self.process.returncode, output
+
+    def stop(self) -> None:
+        """End the tests that run now, and what they started."""
+        if self.process and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def meet(self, mutant: Mutant, seconds: float) -> str:
         """The test that turns red with the mutant, SURVIVED or REFUSES where there is none."""
@@ -420,8 +475,12 @@ class Worker:
         if source[mutant.start : mutant.end] != mutant.before:
             raise SystemExit(f"{mutant.file} has changed since the sites were found")
         path.write_text(broken(source, mutant), encoding="utf-8")
+        table = re.match(
+            r"(?:f|cost|rule)_(\w+)", mutant.where
+        )  # the function, cost or rule that it is in, if it is in one
         try:
-            status, output = self.run(met_by(mutant.file, self.copy / "kernels"), seconds)
+            stems = met_by(mutant.file, self.copy / "kernels")
+            status, output = self.run(stems, seconds, first=table[1] if table else "")
         finally:
             path.write_text(source, encoding="utf-8")
             for binary in set(self.cache.iterdir()) - self.kept:
@@ -464,14 +523,17 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """Take a test of each kernel in turn, so that the mutant of a header soon meets all of them."""
-    stems = os.environ.get("MUTANT_MEETS", "").split()
+    """Take a test of each kernel in turn, so that the mutant of a header soon meets all of them.
+
+    First those that name the function, cost or rule that is broken.
+    """
+    stems, first = os.environ.get("MUTANT_MEETS", "").split(), os.environ.get("MUTANT_MEETS_FIRST", "")
     met: Counter[str] = Counter()
 
-    def place(item) -> tuple[int, int]:
+    def place(item) -> tuple[bool, int, int]:
         stem = next((stem for stem in stems if stem in item.name), "")
         met[stem] += 1
-        return met[stem], stems.index(stem) if stem else len(stems)
+        return first not in item.name.lower(), met[stem], stems.index(stem) if stem else len(stems)
 
     items.sort(key=place)
 
@@ -485,9 +547,9 @@ def pytest_runtest_logstart() -> None:
 
 
 def stale(mutants: dict[str, list[Mutant]]) -> Iterator[str]:
-    for file, line in EQUIVALENT:
-        if file in mutants and not any(line in (m.was, m.now) for m in mutants[file]):
-            yield f"EQUIVALENT names what is not there: {file}: {line}"
+    for file, was, now in EQUIVALENT:
+        if file in mutants and not any((was, now) == (m.was, m.now) for m in mutants[file]):
+            yield f"EQUIVALENT names what is not there: {file}: {was} | {now}"
 
 
 def main() -> int:
@@ -513,7 +575,7 @@ def main() -> int:
             m
             for m in those
             if any(words in str(m) for words in given.match or [""])
-            and (given.list or (m.reason is not None) == given.equivalent)
+            and ((given.list and not given.equivalent) or (m.reason is not None) == given.equivalent)
         ]
         for file, those in everything.items()
     }
@@ -523,7 +585,7 @@ def main() -> int:
         chosen = draw(wanted, given.count, given.seed)
     if given.list:
         print(*chosen, *outdated, sep="\n")
-        print(f"{len(chosen)} mutants; {sum(m.reason is not None for m in chosen)} of them are equivalent")
+        print(f"{len(chosen)} mutants, {sum(m.reason is not None for m in chosen)} of them equivalent")
         return bool(outdated)
     return run(chosen, given.jobs, given.limit, given.equivalent, outdated)
 
@@ -562,7 +624,9 @@ def run(chosen: list[Mutant], jobs: int, seconds: float, equivalent: bool, outda
             try:
                 list(threads.map(test, chosen))
             except BaseException:
-                threads.shutdown(cancel_futures=True)
+                threads.shutdown(wait=False, cancel_futures=True)
+                for worker in workers:
+                    worker.stop()
                 raise
     counted = [m for m in chosen if results[m] != REFUSES]
     survivors = [m for m in counted if results[m] == SURVIVED]

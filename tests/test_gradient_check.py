@@ -174,48 +174,51 @@ def test_an_own_activation_is_checked():
 
 
 def _scaled_dW(ops):
-    def gradients(Delta, A_below, dW, db):
-        ops["gradients"](Delta, A_below, dW, db)
+    def weight_gradient(Delta, A_below, dW):
+        ops["weight_gradient"](Delta, A_below, dW)
         dW *= 1 + 1e-6
 
-    return {"gradients": gradients}, {"W[1]", "W[2]", "W[3]"}
+    return {"weight_gradient": weight_gradient}, {"W[1]", "W[2]", "W[3]"}
 
 
 def _one_entry_of_dW(ops):
-    def gradients(Delta, A_below, dW, db):
-        ops["gradients"](Delta, A_below, dW, db)
+    def weight_gradient(Delta, A_below, dW):
+        ops["weight_gradient"](Delta, A_below, dW)
         if dW.shape == (4, 3):
             dW[2, 1] *= 1.01
 
-    return {"gradients": gradients}, {"W[1]"}
+    return {"weight_gradient": weight_gradient}, {"W[1]"}
 
 
 def _sign_of_db(ops):
-    def gradients(Delta, A_below, dW, db):
-        ops["gradients"](Delta, A_below, dW, db)
-        db *= -1
+    def sum_columns(Delta, db):
+        ops["_sum_columns"](Delta, db)
+        if db is not None:
+            db *= -1
 
-    return {"gradients": gradients}, {"b[1]", "b[2]", "b[3]"}
+    return {"_sum_columns": sum_columns}, {"b[1]", "b[2]", "b[3]"}
 
 
 def _sign_of_Delta(ops):
-    def hidden_delta(W, Delta, f, Z, A, mask, out):
-        ops["hidden_delta"](W, Delta, f, Z, A, mask, out)
+    def hidden_delta(W, Delta, f, Z, A, mask, out, db):
+        ops["hidden_delta"](W, Delta, f, Z, A, mask, out, db)
         out *= -1
+        db *= -1
 
     return {"hidden_delta": hidden_delta}, {"W[2]", "b[2]"}  # the second sign makes the first good
 
 
 def _no_derivative_in_Delta(ops):
-    def hidden_delta(W, Delta, f, Z, A, mask, out):
+    def hidden_delta(W, Delta, f, Z, A, mask, out, db):
         np.matmul(Delta, W, out=out)
+        out.sum(axis=0, out=db)
 
     return {"hidden_delta": hidden_delta}, {"W[1]", "b[1]", "W[2]", "b[2]"}
 
 
 def _no_mean(ops):
-    def output_delta(cost, g, Z, T, w, Delta, C):
-        ops["output_delta"](cost, g, Z, T, 1.0, Delta, C)
+    def output_delta(cost, g, Z, T, w, Delta, C, db=None):
+        ops["output_delta"](cost, g, Z, T, 1.0, Delta, C, db)
 
     return {"output_delta": output_delta}, {"W[1]", "b[1]", "W[2]", "b[2]", "W[3]", "b[3]"}
 
@@ -245,7 +248,9 @@ def test_wrong_penalties_and_masks_are_found(monkeypatch):
         assert failed(gradient_check(net, X, T, **kept)) == {"W[1]", "W[2]"}
     hidden_delta = numpy_ops.hidden_delta
     monkeypatch.setattr(
-        numpy_ops, "hidden_delta", lambda W, Delta, f, Z, A, mask, out: hidden_delta(W, Delta, f, Z, A, None, out)
+        numpy_ops,
+        "hidden_delta",
+        lambda W, Delta, f, Z, A, mask, out, db: hidden_delta(W, Delta, f, Z, A, None, out, db),
     )
     assert failed(gradient_check(net, X, T, **kept)) == {"W[1]", "b[1]"}
 

@@ -8,6 +8,7 @@ from backprop_gpu import SGD, AdaGrad, Adam, AdamW, RMSProp, numpy_ops
 from backprop_gpu.activations import HIDDEN, IDENTITY, OUTPUT
 from backprop_gpu.backend import to_host
 from backprop_gpu.costs import COSTS
+from backprop_gpu.regularization import Regularization
 
 SIZES = [(1, 1), (1, 31), (33, 1), (31, 33), (3, 257), (127, 10)]
 DTYPES = [np.float32, np.float64]
@@ -351,3 +352,114 @@ def test_a_huge_step_that_stays_finite_is_taken(backend, rng, rule):
     assert int(diverged[0]) == 0
     for is_now, old in zip((d_theta, *d_slots), (wanted, *slots), strict=True):
         np.testing.assert_allclose(to_host(is_now), old, rtol=1e-14)
+
+
+# ------------------------------------------------------------------------------------------- what CuPy does not look at
+
+on_cupy = pytest.mark.parametrize("backend", ["fake cupy", pytest.param("cupy", marks=pytest.mark.gpu)], indirect=True)
+
+
+@on_cupy
+def test_arrays_of_another_shape_are_refused(backend):
+    """Whichever of its arrays an operation gets longer than the others want it."""
+    ops, xp = backend.ops, backend.xp
+    M, W, v, b = (xp.zeros(shape) for shape in ((4, 3), (3, 3), 4, 3))
+    labels, row, pair, zero = xp.zeros(4, np.int64), ops.step_rows(SGD(0.1), [0.1], 1)[0], xp.zeros(2), xp.zeros(1, int)
+    mae, tanh, gelu, softmax = COSTS["mae"], OUTPUT["tanh"], HIDDEN["gelu"], OUTPUT["softmax"]
+    clip, momentum = Regularization(clip_norm=1.0), SGD(0.1, momentum=0.9)
+    for operation, given, places in (  # places: of the arrays to exchange
+        (ops.gather, (M, labels, M), (1, 2)),
+        (ops.affine, (W, M, b, M), (2,)),
+        (ops.affine_activate, (W, M, b, tanh, M, M), (2, 5)),
+        (ops.drop, (M, 0.5, (0, 1), 1, M, M), (4, 5)),
+        (ops.output, (tanh, M, M), (2,)),
+        (ops.output, (softmax, M, M), (2,)),
+        (ops.share, (v, v), (1,)),
+        (ops.output_delta, (mae, tanh, M, M, v, M, v, b), (3, 4, 5, 6, 7)),
+        (ops.output_delta, (mae, tanh, M, labels, 1.0, M, v, b), (3, 5, 6, 7)),
+        (ops.hidden_delta, (W, M, gelu, M, None, M, M, b), (3, 5, 7)),
+        (ops.hidden_delta, (W, M, tanh, None, M, M, M, b), (4, 5, 7)),
+        (ops.measure, ("labels", softmax, M, labels, v, v, pair), (4, 5)),
+        (ops.regularize, (clip, v, v, v), (1, 2)),
+        (ops.update, (SGD(0.1), v, v, (), row, pair, zero), (2,)),
+        (lambda slot: ops.update(momentum, v, v, (slot,), row, pair, zero), (v,), (0,)),
+    ):
+        for place in places:
+            shape = given[place].shape
+            for axis in range(len(shape)):
+                longer = xp.zeros([n + (i == axis) for i, n in enumerate(shape)], given[place].dtype)
+                with pytest.raises(ValueError, match="an array has shape"):
+                    operation(*given[:place], longer, *given[place + 1 :])
+
+
+@on_cupy
+def test_grids_of_elements_and_rows(backend):
+    """16 bytes a thread; a warp a row, or a block where rows are long; never more blocks than there is use for."""
+    ops, float32, float64 = backend.ops, np.dtype(np.float32), np.dtype(np.float64)
+    T, most = ops.THREADS, ops.MOST_BLOCKS
+    assert [ops._blocks(n, float32, 9) for n in (1, 4 * T, 4 * T + 1, 10**9)] == [(1,), (1,), (2,), (9,)]
+    assert [ops._blocks(n, float64, 9) for n in (1, 2 * T, 2 * T + 1, 10**9)] == [(1,), (1,), (2,), (9,)]
+    assert [ops._rows(m, ops.LONG_ROW) for m in (T // 32, T // 32 + 1, 10**9)] == [
+        ((n,), (32, T // 32)) for n in (1, 2, most)
+    ]
+    assert [ops._rows(m, ops.LONG_ROW + 1) for m in (1, 2, 10**9)] == [((n,), (T, 1)) for n in (1, 2, most)]
+
+
+@on_cupy
+@pytest.mark.parametrize(("dtype", "width"), [(np.float32, 4), (np.float64, 2)])
+def test_grids_of_column_sums(backend, dtype, width):
+    """Strips of 32 threads, chunks of about CHUNK rows; wide accesses where a whole GPU has work even then."""
+    ops, dtype = backend.ops, np.dtype(dtype)
+    chunk, parts, most, wide = ops.CHUNK, ops.MOST_PARTS, ops.MOST_BLOCKS, 32 * width
+    full = wide * ops.FILLED  # columns that fill it
+    for m, n, wanted in (
+        (1, 1, ((1, 1), 1, False)),
+        (chunk, 32, ((1, 1), chunk, False)),
+        (chunk + 1, 33, ((2, 2), chunk // 2 + 1, False)),
+        (chunk * parts + 1, 1, ((1, parts), chunk + 1, False)),
+        (1, full - width, ((-(-(full - width) // 32), 1), 1, False)),
+        (1, full, ((ops.FILLED, 1), 1, True)),
+        (1, full + width, ((ops.FILLED + 1, 1), 1, True)),
+        (chunk + 1, full // 2, ((ops.FILLED // 2, 2), chunk // 2 + 1, True)),
+        (1, full + 1, ((min(full // 32 + 1, most), 1), 1, False)),
+        (1, 10**9 + 1, ((most, 1), 1, False)),
+        (1, 10**9, ((most, 1), 1, True)),
+    ):
+        assert ops._strips(m, n, dtype) == wanted, (m, n)
+
+
+@on_cupy
+def test_what_is_launched(backend, monkeypatch):
+    """Kernels and grids of the operations: a second launch only where there are several chunks to add up."""
+    ops, launched = backend.ops, []
+    monkeypatch.setattr(ops, "_launch", lambda kernel, grid, block, *_: launched.append((kernel.name, grid, block)))
+    T, chunk, narrow, strip = ops.THREADS, ops.CHUNK, ops.NARROW, (32, 16)
+
+    def zeros(*shape):
+        return backend.xp.zeros(shape, np.float32)
+
+    def launches(operation, *given):
+        launched.clear()
+        operation(*given)
+        return launched
+
+    for n, blocks in ((1, 1), (4 * T, 1), (4 * T + 1, 2), (4 * T * ops.MOST_BLOCKS + 1, ops.MOST_BLOCKS)):
+        F = zeros(n)
+        assert launches(ops.drop, F, 0.5, (0, 1), 1, F, F) == [("drop", (blocks,), (T,))]
+    assert launches(ops.share, F, F) == [("share", (1,), (1024,))]
+    for m, K, chunks in (
+        (chunk, narrow, 1), (chunk + 1, narrow, 2), (chunk // 8, narrow + 1, 1), (chunk // 8 + 1, narrow + 1, 2),
+        (chunk * ops.MOST_PARTS + 1, 1, ops.MOST_PARTS),
+    ):  # fmt: skip
+        wanted = [("measure", (chunks,), (T,))] + [("add_pairs", (1,), (T,))] * (chunks > 1)
+        assert launches(ops.measure, "binary", IDENTITY, zeros(m, K), zeros(m, K), zeros(m), None, None) == wanted
+    for m, grid in ((chunk, (2, 1)), (chunk + 1, (2, 2)), (3 * chunk, (2, 3))):
+        M, above, W = zeros(m, 33), zeros(m, 1), zeros(1, 33)
+        first, second = ("hidden_delta", grid, strip), ("column_sums", (2, 1), strip)
+        assert launches(ops.hidden_delta, W, above, HIDDEN["tanh"], None, M, None, M) == [first]
+        wanted = [first] + [second] * (grid[1] > 1)
+        assert launches(ops.hidden_delta, W, above, HIDDEN["tanh"], None, M, None, M, zeros(33)) == wanted
+        assert launches(ops.hidden_delta, W, above, IDENTITY, None, M, None, M) == []
+    for settings, names in (({"l2": 1.0}, ["penalize"]), ({"clip_norm": 1.0}, ["penalize", "clip"])):
+        F = zeros(9)
+        assert [name for name, *_ in launches(ops.regularize, Regularization(**settings), F, F, F)] == names

@@ -80,7 +80,9 @@ def test_results_of_another_shape_are_told():
 
 
 @pytest.mark.parametrize(
-    "own", [None, softsign, [softsign, "log_cosh"], [softsign, bp.Activation.of("softsign", abs, abs)]], ids=repr
+    "own",
+    [None, softsign, [softsign, "log_cosh"], [softsign, bp.Activation.of("softsign", abs, abs)]],
+    ids=["none", "no list", "a name", "one name twice"],
 )
 def test_own_functions_are_a_list_each_of_its_own_name(own, tmp_path):
     bp.save(bp.Network([3, 4, 2], softsign, backend="numpy"), tmp_path / "m")

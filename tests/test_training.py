@@ -335,7 +335,7 @@ def test_adam_that_walks_away_is_told_too(blobs):
 # ------------------------------------------------------------------------------------------- interruption
 
 
-@pytest.mark.parametrize("when", ["gather", "affine_activate", "hidden_delta", "gradients", "update"])
+@pytest.mark.parametrize("when", ["gather", "affine_activate", "hidden_delta", "weight_gradient", "update"])
 def test_ctrl_c_waits_for_the_whole_step(blobs, monkeypatch, when):
     """The signal arrives inside the third step, in the middle of an operation; the step is finished, no other begun."""
     from backprop_gpu import numpy_ops
@@ -397,7 +397,7 @@ def test_a_second_ctrl_c_does_not_wait(blobs, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         ended.append(1)
 
-    monkeypatch.setattr(numpy_ops, "gradients", twice)
+    monkeypatch.setattr(numpy_ops, "weight_gradient", twice)
     with pytest.raises(KeyboardInterrupt):
         bp.train(bp.Network([4, 3], backend="numpy"), X, T)
     assert not ended

@@ -1,6 +1,6 @@
 // What a CUDA text sees when g++ compiles it: CUDA's keywords, vector types, barriers, shuffles, atomics, mathematics.
-// runtime.cpp runs the kernels: every CUDA thread is a fiber that runs until it meets a barrier. No header is included, so
-// that builds are short.
+// runtime.cpp runs the kernels: every CUDA thread is a fiber that runs until it meets a barrier. No header is included,
+// so that builds are short.
 #pragma once
 
 using size_t = decltype(sizeof 0);
