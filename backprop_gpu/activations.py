@@ -55,8 +55,9 @@ class Activation(NamedTuple):
         `derivative_from` is "A"; arrays of one shape (m, N_l), in the network's dtype, of the array module xp (numpy or
         cupy). `increasing`: whether f is so strictly. `name` is what model files and messages call it.
 
-        `cuda`: the same two as CUDA C++ expressions, of `z`, and of `z` or `a`, of type `real` (float or double; write
-        a constant as real(0.5)): on a GPU they take the place of the array code, fused into the kernels.
+        `cuda`: the same two as CUDA C++ expressions, of `z`, and of `z` or `a`, of type `real` (float or double): on a
+        GPU they take the place of the array code, fused into the kernels. Write a constant as real(0.5); between
+        integers C++ divides as such, 1/2 is 0. `gradient_check` on a GPU tells whether they are right.
 
         ConfigError for a name that is taken or no identifier, for a `cuda` that is not two texts, and, when it is used,
         for results of another shape and expressions that do not compile.
@@ -70,7 +71,7 @@ class Activation(NamedTuple):
             lambda xp, K, D, s: fill(D, derivative(xp, K), f"the derivative of {name}"),
             derivative_from,
             increasing=increasing,
-            cuda=expressions(cuda, "('tanh(z)', '1 - a * a')"),
+            cuda=expressions(cuda, "('tanh(z)', '1 - tanh(z) * tanh(z)')"),
         )
 
 

@@ -108,7 +108,10 @@ def as_kind_of(X: object, a: Array) -> Array:
 
 def to_host(a: Array) -> np.ndarray:
     """`a` as a NumPy array."""
-    return a.get() if is_cupy(a) else np.asarray(a)
+    if is_cupy(a):
+        _refuse_after_fork()
+        return a.get()
+    return np.asarray(a)
 
 
 def choose(name: str = "auto") -> Backend:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -27,20 +28,20 @@ from .optimizers import SGD, AdaDelta, AdaGrad, Adam, AdamW, Lion, NAdam, Optimi
 from .regularization import Regularization
 
 __all__ = [
-    "affine", "affine_activate", "counting", "dot_targets", "drop", "gather", "hidden_delta", "measure", "output",
+    "affine", "affine_activate", "counting", "drop", "gather", "hidden_delta", "measure", "output",
     "output_delta", "regularize", "scratch", "share", "step_rows", "subtract_targets", "update", "weight_gradient",
     "xp",
 ]  # fmt: skip
 
-OPTIONS = ("--std=c++17",)  # one tuple for all: each other one would cost a run of the compiler of its own
+OPTIONS = ("--std=c++17",)  # for all of them: each other tuple would cost a run of the compiler of its own
 THREADS = 256  # a block
 MOST_BLOCKS = 1024  # of elementwise kernels, which walk on in strides of the grid; several for each multiprocessor
 MOST_PARTS = 256  # of a sum over a flat vector
 CHUNK = 256  # rows that a block sums before it pays to share them out
 FILLED = 128  # blocks that keep a GPU busy
-NARROW = 64  # columns up to which measure.cu gives a row to one thread
+NARROW = 64  # columns up to which a thread counts a row, as in measure.cu; on longer ones a warp does
 _STRIP = 32, 16  # the block of sums.cuh
-LONG_ROW = 1024  # columns from which a block works on a row, not a warp
+LONG_ROW = 1024  # columns up to which a warp works on a row; on longer ones a block does
 
 # ---------------------------------------------------------------------------------------------- memory and launches
 
@@ -90,10 +91,42 @@ def _module(device: int, file: str, defines: tuple[tuple[str, str], ...]) -> dic
     except cp.cuda.compiler.CompileException as e:
         if own := [text for name, text in defines if name.startswith("OWN_")]:
             told = next((line for line in str(e).splitlines() if "error" in line), str(e))
-            raise ConfigError(
-                f"CUDA expressions of your own do not compile: {told.strip()}", f"mend them in: {' '.join(own)}"
-            ) from e
+            theirs = " and ".join(re.findall(r"return (.*?); }", " ".join(own)))
+            raise ConfigError(f"CUDA expressions of your own do not compile: {told.strip()}", f"mend {theirs}") from e
         raise
+
+
+def _is_compiled(f: Activation) -> bool:
+    """Whether the kernels know f, by the table in activations.cuh or by its CUDA expressions."""
+    return f.cuda is not None or OUTPUT.get(f.name) == f
+
+
+def _defines(f: Activation) -> dict[str, str]:
+    """What stands before the text of a kernel that applies f."""
+    if f.cuda is None:
+        return {"ACTIVATION": f"f_{f.name}"}
+    value, derivative = f.cuda
+    own = (
+        f"struct f_own {{ static constexpr bool from_Z = {str(f.derivative_from == 'Z').lower()}, rows = false; "
+        f"static __device__ real value(real z) {{ return {value}; }} "
+        f"static __device__ real derivative(real {f.derivative_from.lower()}) {{ return {derivative}; }} }};"
+    )
+    return {"OWN_ACTIVATION": own, "ACTIVATION": "f_own"}
+
+
+def _name(cost: Cost) -> str:
+    return cost.name.partition(":")[0]
+
+
+def _cost_defines(cost: Cost) -> dict[str, str]:
+    if cost.cuda is None:
+        return {"COST": f"cost_{_name(cost)}"}
+    value, derivative = cost.cuda
+    own = (
+        f"struct cost_own {{ static __device__ real value(real y, real t, real) {{ return {value}; }} "
+        f"static __device__ real derivative(real y, real t, real) {{ return {derivative}; }} }};"
+    )
+    return {"OWN_COST": own, "COST": "cost_own"}
 
 
 def _launch(kernel: _Kernel, grid: tuple[int, ...], block: tuple[int, ...], *given: Any) -> None:
@@ -324,32 +357,11 @@ def regularize(regularization: Regularization, theta: Array, is_weight: Array, g
     of = regularization
     _launch(
         _kernel("regularize.cu", "penalize", g.dtype), grid, (THREADS,),
-        theta, is_weight, g, of.l1, of.l2, of.clip_value or 0.0, before, after, n,
+        theta, is_weight, g, of.l1, of.l2, of.clip_value or -1.0, before, after, n,
     )  # fmt: skip
     if of.clip_value or of.clip_norm:
         kernel = _kernel("regularize.cu", "clip", g.dtype)
-        _launch(kernel, grid, (THREADS,), g, before, after, *grid, of.clip_norm or 0.0, n)
-
-
-# What rules.cuh reads of each rule: the numbers of a step, from its coefficients; where the kernel finds each slot.
-_RULES: dict[type[Optimizer], tuple[str, Callable[[Any, Any], tuple[float, ...]], Callable[[Any], tuple[int, ...]]]] = {
-    SGD: ("sgd", lambda r, c: (*c, r.momentum, r.weight_decay, r.nesterov), lambda r: (0,)),
-    AdaGrad: ("adagrad", lambda r, c: (*c, r.weight_decay, r.eps), lambda r: (0,)),
-    RMSProp: (
-        "rmsprop",
-        lambda r, c: (*c, r.alpha, 1 - r.alpha, r.eps, r.weight_decay, r.momentum, r.centered),
-        lambda r: (0, 1, 2) if r.centered else (0, 2),
-    ),
-    AdaDelta: ("adadelta", lambda r, c: (*c, r.rho, 1 - r.rho, r.eps, r.weight_decay), lambda r: (0, 1)),
-    Adam: ("adam", lambda r, c: _adam_numbers(r, c), lambda r: (0, 1, 2)),
-    AdamW: ("adam", lambda r, c: _adam_numbers(r, c), lambda r: (0, 1, 2)),
-    NAdam: (
-        "nadam",
-        lambda r, c: (*c, 1 - r.betas[0], r.betas[1], 1 - r.betas[1], r.weight_decay),
-        lambda r: (0, 1),
-    ),
-    Lion: ("lion", lambda r, c: (*c, r.betas[0], 1 - r.betas[0], r.betas[1], 1 - r.betas[1]), lambda r: (0,)),
-}
+        _launch(kernel, grid, (THREADS,), g, before, after, *grid, of.clip_norm or -1.0, n)
 
 
 def _adam_numbers(rule: Adam, c: tuple[float, ...]) -> tuple[float, ...]:
@@ -357,7 +369,33 @@ def _adam_numbers(rule: Adam, c: tuple[float, ...]) -> tuple[float, ...]:
     return (*c, 1 - beta1, beta2, 1 - beta2, rule.weight_decay, rule.decoupled, rule.amsgrad)
 
 
-def _rule(rule: Optimizer) -> tuple[str, Callable[[Any, Any], tuple[float, ...]], Callable[[Any], tuple[int, ...]]]:
+class _Rule(NamedTuple):
+    """What rules.cuh knows of a class of optimizers."""
+
+    name: str
+    numbers: Callable[[Any, tuple[float, ...]], tuple[float, ...]]  # what it reads in a step, from its coefficients
+    places: Callable[[Any], tuple[int, ...]]  # where it finds each slot
+
+
+_RULES: dict[type[Optimizer], _Rule] = {
+    SGD: _Rule("sgd", lambda r, c: (*c, r.momentum, r.weight_decay, r.nesterov), lambda r: (0,)),
+    AdaGrad: _Rule("adagrad", lambda r, c: (*c, r.weight_decay, r.eps), lambda r: (0,)),
+    RMSProp: _Rule(
+        "rmsprop",
+        lambda r, c: (*c, r.alpha, 1 - r.alpha, r.eps, r.weight_decay, r.momentum, r.centered),
+        lambda r: (0, 1, 2) if r.centered else (0, 2),
+    ),
+    AdaDelta: _Rule("adadelta", lambda r, c: (*c, r.rho, 1 - r.rho, r.eps, r.weight_decay), lambda r: (0, 1)),
+    Adam: _Rule("adam", _adam_numbers, lambda r: (0, 1, 2)),
+    AdamW: _Rule("adam", _adam_numbers, lambda r: (0, 1, 2)),
+    NAdam: _Rule(
+        "nadam", lambda r, c: (*c, 1 - r.betas[0], r.betas[1], 1 - r.betas[1], r.weight_decay), lambda r: (0, 1)
+    ),
+    Lion: _Rule("lion", lambda r, c: (*c, r.betas[0], 1 - r.betas[0], r.betas[1], 1 - r.betas[1]), lambda r: (0,)),
+}
+
+
+def _rule(rule: Optimizer) -> _Rule:
     if type(rule) not in _RULES:
         raise ConfigError(f"{type(rule).__name__} has no CUDA kernel", "use an optimizer of backprop_gpu, or NumPy")
     return _RULES[type(rule)]
@@ -366,9 +404,9 @@ def _rule(rule: Optimizer) -> tuple[str, Callable[[Any, Any], tuple[float, ...]]
 def step_rows(rule: Optimizer, lrs: Sequence[float], t: int) -> Any:
     """What `update` needs of the steps t, t + 1, ... (from 1) at these learning rates: a row each, on the device.
 
-    The only copy to the device during an epoch, made before its first step.
+    One copy to the device an epoch, made before its first step.
     """
-    _, numbers, _ = _rule(rule)
+    numbers = _rule(rule).numbers
     rows = [(i, lr, rule.weight_decay, *numbers(rule, rule.coefficients(lr, i))) for i, lr in enumerate(lrs, t)]
     return cp.asarray(np.array(rows, np.float64))
 
@@ -403,47 +441,6 @@ def update(
 def _spare(M: Array) -> tuple[Array, Array]:
     """Two scratch arrays of the shape of M."""
     return scratch("spare 0", M.shape, M.dtype), scratch("spare 1", M.shape, M.dtype)
-
-
-def _is_compiled(f: Activation) -> bool:
-    """Whether the kernels know f, by the table in activations.cuh or by its CUDA expressions."""
-    return f.cuda is not None or OUTPUT.get(f.name) == f
-
-
-def _defines(f: Activation) -> dict[str, str]:
-    """What stands before the text of a kernel that applies f."""
-    if f.cuda is None:
-        return {"ACTIVATION": f"f_{f.name}"}
-    value, derivative = f.cuda
-    own = (
-        f"struct f_{f.name} {{ static constexpr bool from_Z = {str(f.derivative_from == 'Z').lower()}, rows = false; "
-        f"static __device__ real value(real z) {{ return {value}; }} "
-        f"static __device__ real derivative(real {f.derivative_from.lower()}) {{ return {derivative}; }} }};"
-    )
-    return {"OWN_ACTIVATION": own, "ACTIVATION": f"f_{f.name}"}
-
-
-def _name(cost: Cost) -> str:
-    return cost.name.partition(":")[0]
-
-
-def _cost_defines(cost: Cost) -> dict[str, str]:
-    if cost.cuda is None:
-        return {"COST": f"cost_{_name(cost)}"}
-    value, derivative = cost.cuda
-    own = (
-        f"struct cost_{cost.name} {{ static __device__ real value(real y, real t, real) {{ return {value}; }} "
-        f"static __device__ real derivative(real y, real t, real) {{ return {derivative}; }} }};"
-    )
-    return {"OWN_COST": own, "COST": f"cost_{cost.name}"}
-
-
-def dot_targets(T: Array, M: Array, out: Array) -> None:
-    """out_i = sum_k t_k M_ik; labels T pick one entry a row."""
-    if T.ndim == 1:
-        out[...] = M[counting(len(T)), T]
-    else:
-        (T * M).sum(axis=1, out=out)
 
 
 def subtract_targets(M: Array, T: Array, scale: float = 1.0) -> None:

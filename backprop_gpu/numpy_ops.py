@@ -23,7 +23,7 @@ from .optimizers import Optimizer, Slots
 from .regularization import Regularization
 
 __all__ = [
-    "affine", "affine_activate", "counting", "dot_targets", "drop", "gather", "hidden_delta", "measure", "output",
+    "affine", "affine_activate", "counting", "drop", "gather", "hidden_delta", "measure", "output",
     "output_delta", "regularize", "scratch", "share", "step_rows", "subtract_targets", "update", "weight_gradient",
     "xp",
 ]  # fmt: skip
@@ -179,9 +179,20 @@ class _Step(NamedTuple):
     coefficients: tuple[float, ...]
 
 
+class _Steps:
+    """Item i is what `update` needs of the i-th of some steps, made when it is asked for."""
+
+    def __init__(self, rule: Optimizer, lrs: Sequence[float], t: int) -> None:
+        self.rule, self.lrs, self.t = rule, lrs, t
+
+    def __getitem__(self, i: int) -> _Step:
+        t, lr = self.t + i, self.lrs[i]
+        return _Step(t, lr, self.rule.coefficients(lr, t))
+
+
 def step_rows(rule: Optimizer, lrs: Sequence[float], t: int) -> Any:
     """What `update` needs of the steps t, t + 1, ... (from 1) at these learning rates."""
-    return [_Step(i, lr, rule.coefficients(lr, i)) for i, lr in enumerate(lrs, t)]
+    return _Steps(rule, lrs, t)
 
 
 def update(

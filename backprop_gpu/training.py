@@ -141,7 +141,8 @@ def train(
     X, T: see `Network.forward` and `Network.gradients`; NumPy data that fits the network's dtype (or is uint8) is used
     where it lies, on a GPU it is copied to the device once. `cost`, `optimizer`, `schedule`: as they are, or by name
     with settings ("huber:delta=0.5", "sgd:momentum=0.9", "step:every=0.25"), an optimizer without lr at that of
-    `optimizers.OPTIMIZERS`. The schedule's factor multiplies the optimizer's lr.
+    `optimizers.OPTIMIZERS`. The schedule's factor multiplies the optimizer's lr; it is asked for all steps of an epoch
+    before the first.
 
     Batches: each epoch visits every sample once, in a fresh order drawn from (seed, epoch), in batches of `batch_size`
     or "full" ones; the last, smaller one is kept. `batches`: "shuffled", or as in `batches.epoch_plan`. A batch_size
@@ -203,7 +204,7 @@ def train(
     on_step, on_epoch = _hooks(callbacks)
     with _saved_if_stopped(run, save), _alone(net), be.active(), _WholeSteps() as whole_steps:
         weights = samples.weights  # they stay on the host, where orders are drawn
-        learned = _task(net, samples.T)
+        before, learned = (net.criterion, net.task), _task(net, samples.T)
         problem = Problem(net, smoothed, samples.on(be.asarray), reduction, regularization, frozen)
         executor = Eager(problem, rule, batch_size, seed)
         held_out = None if held_out is None else held_out.on(be.asarray)
@@ -233,6 +234,8 @@ def train(
                     break
             cost_sum, right = to_host(measured)[: i + 1].sum(axis=0)  # the host waits for the device here
             if diverged := int(executor.diverged[0]):
+                if diverged == 1:  # on a GPU the host hears of it here
+                    net.criterion, net.task = before
                 raise DivergenceError(run.epoch, diverged, lrs[(diverged - 1) % steps])
             history.seconds.append(time.perf_counter() - start)
             seen = host_order[: ends[i + 1]]

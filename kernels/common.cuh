@@ -53,7 +53,8 @@ struct Walk {
     }
 };
 
-// Runs f(i, pack) for each i-th pack of n elements, WIDE at a time where every vector is aligned, the rest one by one.
+// Runs f(i, pack) for each i-th pack of n elements, WIDE at a time where every vector is aligned, the rest one by one. The
+// empty `pack` says by its type how many.
 template <class F> __device__ __forceinline__ void over(long long n, bool wide, F f) {
     const long long start = (long long)blockIdx.x * blockDim.x + threadIdx.x, stride = (long long)gridDim.x * blockDim.x;
     const long long packs = wide ? n / WIDE : 0;

@@ -9,7 +9,7 @@
 // (float). `add_pairs` adds the chunks in order.
 #include "common.cuh"
 
-constexpr int NARROW = 64;
+constexpr int NARROW = 64;  // as in cuda_ops.py, which chooses the chunks
 
 enum Task { NOTHING, LABELS, ONES };
 

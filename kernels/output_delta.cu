@@ -73,7 +73,9 @@ __device__ real row_delta(const real* z, const Targets& t, real parameter, real 
     if constexpr (same<Cost, cost_cross_entropy>) {
         const Exponentials y(z, K);
         real dot = 0;
-        along(K, [&](int k) { dot += t(k) * (z[k] - y.largest); });
+        along(K, [&](int k) {  // a label picks its term: 0 times an infinity is none
+            if (t.label < 0 || t(k) != 0) dot += t(k) * (z[k] - y.largest);
+        });
         along(K, [&](int k) { delta[k] = (y(k) - t(k)) * weight; });
         return log(y.total) - join_row(dot, Sum(), real(0));
     } else if constexpr (same<Cost, cost_binary_cross_entropy>) {

@@ -1,8 +1,8 @@
 // What is done to the flat gradient g before the optimizer's rule sees it (backprop_gpu/regularization.py):
 //
 //     g <- g + l1 sign(w) + l2 w at weights          `is_weight` is 1 there, 0 elsewhere
-//     g <- g cut to -clip_value..clip_value          where clip_value is above 0
-//     g <- g min(1, clip_norm / ||g||)               where clip_norm is above 0   (Pascanu et al., 2013)
+//     g <- g cut to -clip_value..clip_value          unless clip_value is below 0
+//     g <- g min(1, clip_norm / ||g||)               unless clip_norm is below 0   (Pascanu et al., 2013)
 //
 // `penalize` does the first two and sums g^2 for each block before and after the cut; `clip` does the third, and leaves a NaN
 // in g[0] where the squared norm before any clipping was not finite. n numbers; bytes moved: 4 x 4 n, then 2 x 4 n (float).
@@ -25,7 +25,7 @@ extern "C" __global__ void penalize(const real* __restrict__ theta, const real* 
         for (int j = 0; j < N; ++j) {
             const real y = x.v[j];
             before_here += y * y;
-            if (clip_value > 0) x.v[j] = y > clip_value ? clip_value : y < -clip_value ? -clip_value : y;
+            if (clip_value >= 0) x.v[j] = y > clip_value ? clip_value : y < -clip_value ? -clip_value : y;
             after_here += x.v[j] * x.v[j];
         }
         sum_before += before_here;
@@ -50,7 +50,7 @@ extern "C" __global__ void clip(real* __restrict__ g, const double* __restrict__
     }
     sum_before = join_row(sum_before, Sum(), 0.0);
     sum_after = join_row(sum_after, Sum(), 0.0);
-    const real length = sqrt(real(sum_after)), factor = clip_norm > 0 && length > clip_norm ? clip_norm / length : real(1);
+    const real length = sqrt(real(sum_after)), factor = clip_norm >= 0 && length > clip_norm ? clip_norm / length : real(1);
     const bool hidden = !is_finite(real(sum_before));
     over(n, aligned<WIDE>(g), [&](long long i, auto pack) {
         constexpr int N = sizeof(pack) / sizeof(real);

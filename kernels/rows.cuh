@@ -1,4 +1,4 @@
-// Work on whole rows: blockDim.x threads share a row, 32 or more; blockDim.y rows a block, 1 where it is more than 32.
+// Work on whole rows: blockDim.x threads share a row, a warp or a whole block; a block of warps works on blockDim.y rows.
 #pragma once
 #include "common.cuh"
 

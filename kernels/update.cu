@@ -7,7 +7,9 @@
 // (8 n with weight decay), 7 x 4 n to update (float).
 #include "rules.cuh"
 
-constexpr double HUGE = 1e12;  // a step is about lr, or lr |g|: only greater ones are computed to see where they lead
+// A step is about lr, or lr |g|: only greater ones are computed to see where they lead, element by element (NumPy's
+// HUGE_STEP is held against the norms, so it looks more often).
+constexpr double HUGE = 1e12;
 
 __device__ __forceinline__ bool all_aligned(const real* theta, const real* g, const real* s0, const real* s1,
                                             const real* s2) {

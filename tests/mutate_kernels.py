@@ -511,9 +511,14 @@ def red(output: str) -> list[str]:
 
 
 def pytest_sessionstart() -> None:
-    """Give a launch that hangs up soon; be content with any example that fails, be it large."""
+    """Build what a test needs when it does, for most mutants see one test; give a launch that hangs up soon.
+
+    Any example that fails will do, so Hypothesis need not look for a small one.
+    """
+    import kernels_on_cpu
     from hypothesis import Phase, settings
 
+    kernels_on_cpu.build_ahead = lambda: None
     cuda_on_cpu.TIME_LIMIT = LAUNCH_HANGS
 
     settings.register_profile(

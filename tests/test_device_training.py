@@ -188,6 +188,13 @@ def test_the_same_seed_gives_the_same_bits(device, rng):
     assert thetas[0] == thetas[1]
 
 
+def test_a_run_that_diverges_in_its_first_step_leaves_the_cost_of_the_network(device, rng):
+    net = bp.Network([20, 5], output="identity", backend=device)
+    with pytest.raises(bp.DivergenceError, match="step 1"):
+        bp.train(net, 1e30 * rng.random((9, 20)), rng.random((9, 5)), cost="mae", optimizer=bp.SGD(1e30), batch_size=9)
+    assert net.cost == "squared_error"
+
+
 def test_an_optimizer_without_a_kernel_is_told(device, rng):
     class Own(bp.SGD):
         pass

@@ -254,6 +254,24 @@ def test_output_delta_of_a_norm_of_small_errors(device, dtype, rng, n):
     check_output_delta(device, COSTS["norm"], OUTPUT["identity"], tiny, np.zeros_like(T), 1.0)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_output_delta_of_a_label_far_above_the_rest(device, dtype, smoothing):
+    """The other outputs lie so far below that the difference is infinite; without smoothing they do not count."""
+    far = 0.9 * float(np.finfo(dtype).max)
+    Z = np.array([[far, -far, 0.0], [0.0, -np.inf, 1.0]], dtype)
+    (Delta, wanted), (C, wanted_C) = both(
+        device,
+        lambda ops, Z, T, Delta, C: ops.output_delta(
+            COSTS["cross_entropy"].smoothed(smoothing), OUTPUT["softmax"], Z, T, 1.0, Delta, C
+        ),
+        (Z, np.array([0, 2])),
+        [poisoned(2, 3, dtype=dtype), poisoned(2, dtype=dtype)],
+    )
+    close(Delta, wanted)
+    np.testing.assert_array_equal(np.isfinite(C), np.isfinite(wanted_C))
+    assert np.isfinite(C).all() == (not smoothing)
+
+
 def test_output_delta_of_extreme_outputs(device, dtype):
     """Costs and Deltas stay finite, and a NaN or an infinity in Z is seen in C."""
     Z = np.array([[1e4, -1e4, 0], [-1e4, -1e4, -1e4], [88.8, -88.8, 0.1], [np.nan, 0, 0], [0, np.inf, 0]], dtype)
@@ -584,11 +602,11 @@ def test_a_cost_of_ones_own_is_one_of_the_table(device, dtype, rng):
 
 
 def test_expressions_that_do_not_compile_are_told(device):
-    f = Activation.of("oops", lambda xp, Z: Z, lambda xp, Z: Z, cuda=("z + nonsense", "1"))
+    f = Activation.of("\N{GREEK SMALL LETTER SIGMA}", lambda xp, Z: Z, lambda xp, Z: Z, cuda=("z + nonsense", "1"))
     Z = device.zeros(4, np.float32).reshape(2, 2)
     with pytest.raises(bp.ConfigError, match=r"CUDA expressions of your own do not compile: .*nonsense") as e:
         device.ops.output(f, Z, Z)
-    assert "z + nonsense" in e.value.cure
+    assert e.value.cure == "mend z + nonsense and 1"
 
 
 @pytest.mark.parametrize("cuda", ["z", ("z",), ("z", ""), ("z", 1), 3])
