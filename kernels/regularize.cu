@@ -6,6 +6,7 @@
 //
 // `penalize` does the first two and sums g^2 for each block before and after the cut; `clip` does the third, and leaves a NaN
 // in g[0] where the squared norm before any clipping was not finite. n numbers; bytes moved: 4 x 4 n, then 2 x 4 n (float).
+// H100, penalties and both clips: 6.8 us for 784-512-512-10 (plain CuPy lines 44.1), 0.97 of a large copy's bandwidth.
 #include "common.cuh"
 
 extern "C" __global__ void penalize(const real* __restrict__ theta, const real* __restrict__ is_weight,

@@ -5,6 +5,8 @@
 // slots that a rule does without are null. `row` is the step's row of numbers in device memory: t, lr, weight decay, then
 // what the rule reads (rules.cuh); nothing of it comes from the host during an epoch. Bytes moved by Adam: 4 n to survey
 // (8 n with weight decay), 7 x 4 n to update (float).
+// H100, Adam: 9.2 us for 784-512-512-10 (plain CuPy lines 50.7), 0.96 of a large copy's bandwidth; 75.5 us for
+// 784-2048-2048-10 (348), 1.02 of it.
 #include "rules.cuh"
 
 // A step is about lr, or lr |g|: only greater ones are computed to see where they lead, element by element (NumPy's

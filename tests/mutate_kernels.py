@@ -262,10 +262,8 @@ class _Sites:
             self.replace(i, i, "")
         elif token.text == "?":
             first = i
-            while self.inside[first - 1] == self.inside[i] and self.text(first - 1) not in (
-                *ASSIGNMENTS, "(", "[", "{", ",", ";", ":", "?", "return"
-            ):  # fmt: skip
-                first -= 1
+            while self.text(first - 1) not in (*ASSIGNMENTS, "(", "[", "{", ",", ";", ":", "?", "return"):
+                first = self.partner.get(first - 1, first - 1)
             self.condition(first, i - 1)
 
     def unary(self, i: int) -> bool:

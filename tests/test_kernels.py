@@ -383,7 +383,7 @@ def test_regularize(device, grid, dtype, rng, n):
     theta[::3] = 0
     is_weight = rng.integers(0, 2, n).astype(dtype)
     for settings in (
-        {"l1": 0.1}, {"l2": 0.1}, {"clip_value": 0.5}, {"clip_norm": 0.1}, {"clip_norm": 1e6},
+        {"l1": 0.1}, {"l1": 1.0}, {"l2": 0.1}, {"clip_value": 0.5}, {"clip_norm": 0.1}, {"clip_norm": 1e6},
         {"l1": 0.1, "l2": 0.2, "clip_value": 0.7, "clip_norm": 2.0},
     ):  # fmt: skip
         r = Regularization(**settings)
@@ -400,9 +400,10 @@ def test_regularize(device, grid, dtype, rng, n):
 @pytest.mark.parametrize(
     "settings", [{"clip_value": 0.5}, {"clip_norm": 0.1}, {"clip_value": 1.0, "clip_norm": 1.0}], ids=repr
 )
-def test_regularize_hides_nothing(device, dtype, rng, settings, bad):
-    theta, g, is_weight = rng.normal(size=100).astype(dtype), rng.normal(size=100).astype(dtype), np.ones(100, dtype)
-    g[57] = bad
+@pytest.mark.parametrize("n", [1, 100])
+def test_regularize_hides_nothing(device, dtype, rng, settings, bad, n):
+    theta, g, is_weight = rng.normal(size=n).astype(dtype), rng.normal(size=n).astype(dtype), np.ones(n, dtype)
+    g[n // 2] = bad
     ((its, _),) = both(
         device,
         lambda ops, theta, w, g: ops.regularize(Regularization(**settings), theta, w, g),
