@@ -1,8 +1,8 @@
-// Z = Z + b, A = f(Z), on the product W A[l-1] that lies in Z (source 5, "Forward propagation algorithm"; source 4, eqs.
-// 2-3).
+// Z = Z + b, A = f(Z), on the product W A[l-1] that lies in Z (source 5, "Forward propagation algorithm"; source 4,
+// eqs. 2-3).
 //
-// Z, A (m, n) row-major, b (n,) or null. A may be Z: then only A is left in it, for f' is taken from A. Else Z is kept, and
-// written only where there is a b. Bytes moved: 2 x 4 m n in place, 3 x 4 m n where Z is kept (float).
+// Z, A (m, n) row-major, b (n,) or null. A may be Z: then only A is left in it, for f' is taken from A. Else Z is kept,
+// and written only where there is a b. Bytes moved: 2 x 4 m n in place, 3 x 4 m n where Z is kept (float).
 // H100, ReLU: 2.0 us at 128 x 512 (plain CuPy lines 3.4), 49.9 us at 8192 x 2048 (161), 1.11 of a large copy's
 // bandwidth.
 #include "activations.cuh"

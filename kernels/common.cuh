@@ -1,5 +1,5 @@
-// What every kernel uses: the number type, 16-byte accesses, walks over vectors and matrices, reductions in fixed order.
-// No headers, so that NVRTC needs none. The host defines REAL, float or double, before this text.
+// What every kernel uses: the number type, 16-byte accesses, walks over vectors and matrices, reductions in fixed
+// order. No headers, so that NVRTC needs none. The host defines REAL, float or double, before this text.
 #pragma once
 
 using real = REAL;
@@ -53,8 +53,8 @@ struct Walk {
     }
 };
 
-// Runs f(i, pack) for each i-th pack of n elements, WIDE at a time where every vector is aligned, the rest one by one. The
-// empty `pack` says by its type how many.
+// Runs f(i, pack) for each i-th pack of n elements, WIDE at a time where every vector is aligned, the rest one by one.
+// The empty `pack` says by its type how many.
 template <class F> __device__ __forceinline__ void over(long long n, bool wide, F f) {
     const long long start = (long long)blockIdx.x * blockDim.x + threadIdx.x, stride = (long long)gridDim.x * blockDim.x;
     const long long packs = wide ? n / WIDE : 0;
@@ -74,8 +74,8 @@ template <class T, class Join> __device__ __forceinline__ T join_warp(T x, Join 
     return x;
 }
 
-// The values of the threads with one threadIdx.y joined, in every one of them. blockDim.x is 32, or a multiple of it up to
-// 1024 where blockDim.y is 1; all threads call it. `none` is what joins without effect.
+// The values of the threads with one threadIdx.y joined, in every one of them. blockDim.x is 32, or a multiple of it up
+// to 1024 where blockDim.y is 1; all threads call it. `none` is what joins without effect.
 template <class T, class Join> __device__ __forceinline__ T join_row(T x, Join join, T none) {
     __shared__ T part[WARP];
     x = join_warp(x, join);

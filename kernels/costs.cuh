@@ -1,6 +1,7 @@
-// The table of costs: the part of C_i that one output makes, and its derivative by that output, from the output y and its
-// target t. Names and formulas are those of backprop_gpu/costs.py. The two costs of a canonical pair and the norm do not
-// fall apart like that: see output_delta.cu. One's own cost is one more struct, written by the host from two expressions.
+// The table of costs: the part of C_i that one output makes, and its derivative by that output, from the output y and
+// its target t. Names and formulas are those of backprop_gpu/costs.py. The two costs of a canonical pair and the norm
+// do not fall apart like that: see output_delta.cu. One's own cost is one more struct, written by the host from two
+// expressions.
 #pragma once
 #include "common.cuh"
 

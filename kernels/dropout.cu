@@ -1,8 +1,8 @@
 // mask = 1 / (1 - rate) where a unit is kept, else 0; A[l] = mask ⊙ f(Z[l])   (Srivastava et al., 2014).
 //
-// F = f(Z[l]), mask, A: n numbers, rows after each other. Word e mod 4 of Philox4x32-10 (Salmon et al., 2011) with counter
-// (e div 4, layer, step) under `seed` decides on element e: it is kept where the word is `threshold` or more. The same mask
-// as backprop_gpu/dropout.py draws. Bytes moved: 3 x 4 n (float). A thread does four elements.
+// F = f(Z[l]), mask, A: n numbers, rows after each other. Word e mod 4 of Philox4x32-10 (Salmon et al., 2011) with
+// counter (e div 4, layer, step) under `seed` decides on element e: it is kept where the word is `threshold` or more.
+// The same mask as backprop_gpu/dropout.py draws. Bytes moved: 3 x 4 n (float). A thread does four elements.
 // H100: 1.9 us at 128 x 512 (plain CuPy lines 157), 76.4 us at 8192 x 2048 (3099), 1.08 of a large copy's bandwidth.
 #include "common.cuh"
 

@@ -1,9 +1,9 @@
-// Delta[l] = f'(Z[l]) ⊙ (W[l+1]^T Delta[l+1]), in place on the product, and db[l] = Delta[l] 1 in the same pass (source 5,
-// "Back Propagation Algorithm"; source 3, delta^l; source 4, eq. 27; source 1, "Backpropagation").
+// Delta[l] = f'(Z[l]) ⊙ (W[l+1]^T Delta[l+1]), in place on the product, and db[l] = Delta[l] 1 in the same pass (source
+// 5, "Back Propagation Algorithm"; source 3, delta^l; source 4, eq. 27; source 1, "Backpropagation").
 //
-// Delta (m, n) holds the product W^T Delta before and Delta[l] after; K is A[l] or Z[l], whichever f' is taken from; mask
-// (m, n), of dropout, or null. partial (chunks, n) as in sums.cuh, or null; `wide`, grid and block as in column_sums.cu.
-// Bytes moved: 3 x 4 m n, 4 x 4 m n with a mask (float).
+// Delta (m, n) holds the product W^T Delta before and Delta[l] after; K is A[l] or Z[l], whichever f' is taken from;
+// mask (m, n), of dropout, or null. partial (chunks, n) as in sums.cuh, or null; `wide`, grid and block as in
+// column_sums.cu. Bytes moved: 3 x 4 m n, 4 x 4 m n with a mask (float).
 // H100, ReLU with db: 2.6 us at 128 x 512 (plain CuPy lines 6.6), 72.4 us at 8192 x 2048 (369), 1.15 of a large copy's
 // bandwidth.
 #include "activations.cuh"

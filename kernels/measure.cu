@@ -1,7 +1,7 @@
 // The numbers that a step is judged by: the sum of the costs, and how many samples are predicted right.
 //
-// out (chunks, 2) of double: for each chunk of rows, sum of w_i C_i (w null: of C_i), and the count. Scores (m, K) are Z[L],
-// or A[L] where g is not increasing; targets are labels (m,) or rows T (m, K), the other one null; C, w (m,).
+// out (chunks, 2) of double: for each chunk of rows, sum of w_i C_i (w null: of C_i), and the count. Scores (m, K) are
+// Z[L], or A[L] where g is not increasing; targets are labels (m,) or rows T (m, K), the other one null; C, w (m,).
 //     LABELS     right where the first largest score is at the label, or at the first largest t_k
 //     ONES       right where z_k > 0 agrees with t_k > 1/2 for all k
 //     NOTHING    never

@@ -1,4 +1,5 @@
-// Work on whole rows: blockDim.x threads share a row, a warp or a whole block; a block of warps works on blockDim.y rows.
+// Work on whole rows: blockDim.x threads share a row, a warp or a whole block; a block of warps works on blockDim.y
+// rows.
 #pragma once
 #include "common.cuh"
 

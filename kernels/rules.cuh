@@ -1,6 +1,6 @@
-// The table of optimizers: one step of each rule on one element, from its theta, gradient g and slots s to the next, with
-// the names and formulas of backprop_gpu/optimizers.py. A rule is read from the step's row of numbers in device memory:
-// the coefficients of the step first, then the settings, in the order that cuda_ops.py writes them.
+// The table of optimizers: one step of each rule on one element, from its theta, gradient g and slots s to the next,
+// with the names and formulas of backprop_gpu/optimizers.py. A rule is read from the step's row of numbers in device
+// memory: the coefficients of the step first, then the settings, in the order that cuda_ops.py writes them.
 #pragma once
 #include "common.cuh"
 

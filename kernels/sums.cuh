@@ -1,16 +1,16 @@
 // Sums down the columns of a row-major matrix in fixed order, the bits the same every run: db[l] = Delta[l] 1.
 //
-// A block of 32 x 16 threads takes a strip of 32 N columns and a chunk of rows; each thread runs down every sixteenth row,
-// then the sixteen sums of a column are added in order. Where the rows are in several chunks, the chunks' sums are rows
-// themselves, summed by a second launch.
+// A block of 32 x 16 threads takes a strip of 32 N columns and a chunk of rows; each thread runs down every sixteenth
+// row, then the sixteen sums of a column are added in order. Where the rows are in several chunks, the chunks' sums are
+// rows themselves, summed by a second launch.
 #pragma once
 #include "common.cuh"
 
 constexpr int DEEP = 16;  // blockDim.y
 constexpr int AHEAD = 4;  // rows that a thread fetches before it works on the first: memory is far
 
-// partial[chunk, column] = sum over the chunk's rows of work(element, fetch(element)), element by element in the order of
-// the rows; partial may be null, then only the work happens. The grid is (strips, chunks).
+// partial[chunk, column] = sum over the chunk's rows of work(element, fetch(element)), element by element in the order
+// of the rows; partial may be null, then only the work happens. The grid is (strips, chunks).
 template <int N, class Fetch, class Work>
 __device__ void sum_columns(real* partial, long long m, int n, long long chunk_rows, Fetch fetch, Work work) {
     __shared__ real part[DEEP][WARP * N];

@@ -1,10 +1,10 @@
 // One step of an optimizer over the flat theta, all layers in one launch, unless the run has left the finite numbers.
 //
 // `survey` looks before the step is taken: the squared norm of the gradient, and whether an element's outcome would be
-// infinite or NaN. `update` then takes the step everywhere or nowhere. theta, g and the rule's slots hold n numbers each;
-// slots that a rule does without are null. `row` is the step's row of numbers in device memory: t, lr, weight decay, then
-// what the rule reads (rules.cuh); nothing of it comes from the host during an epoch. Bytes moved by Adam: 4 n to survey
-// (8 n with weight decay), 7 x 4 n to update (float).
+// infinite or NaN. `update` then takes the step everywhere or nowhere. theta, g and the rule's slots hold n numbers
+// each; slots that a rule does without are null. `row` is the step's row of numbers in device memory: t, lr, weight
+// decay, then what the rule reads (rules.cuh); nothing of it comes from the host during an epoch. Bytes moved by Adam:
+// 4 n to survey (8 n with weight decay), 7 x 4 n to update (float).
 // H100, Adam: 9.2 us for 784-512-512-10 (plain CuPy lines 50.7), 0.96 of a large copy's bandwidth; 75.5 us for
 // 784-2048-2048-10 (348), 1.02 of it.
 #include "rules.cuh"
@@ -18,8 +18,8 @@ __device__ __forceinline__ bool all_aligned(const real* theta, const real* g, co
     return aligned<WIDE>(theta) && aligned<WIDE>(g) && aligned<WIDE>(s0) && aligned<WIDE>(s1) && aligned<WIDE>(s2);
 }
 
-// norm2[block] = sum of g^2 of the block's elements; stop[block]: whether one of them would leave the finite numbers, or the
-// run has already.
+// norm2[block] = sum of g^2 of the block's elements; stop[block]: whether one of them would leave the finite numbers,
+// or the run has already.
 extern "C" __global__ void survey(const real* __restrict__ theta, const real* __restrict__ g,
                                   const real* __restrict__ s0, const real* __restrict__ s1, const real* __restrict__ s2,
                                   const double* __restrict__ row, const long long* __restrict__ diverged,
@@ -76,8 +76,8 @@ __device__ __forceinline__ void take(const RULE& rule, real* theta, const real* 
         if (slot[k]) store<N>(slot[k], i, s[k]);
 }
 
-// Takes the step, unless the cost or the norm is not finite, or a block of `survey` says stop: then `diverged` is t, if it
-// was 0. Every block adds up the `blocks` parts of `survey` itself, all in the same order.
+// Takes the step, unless the cost or the norm is not finite, or a block of `survey` says stop: then `diverged` is t, if
+// it was 0. Every block adds up the `blocks` parts of `survey` itself, all in the same order.
 extern "C" __global__ void update(real* __restrict__ theta, const real* __restrict__ g, real* __restrict__ s0,
                                   real* __restrict__ s1, real* __restrict__ s2, const double* __restrict__ row,
                                   const double* __restrict__ measured, const double* __restrict__ norm2,

@@ -140,6 +140,19 @@ def test_costs_survive_extreme_logits(backend, dtype, name, g):
     np.testing.assert_allclose(to_host(C), wanted, rtol=1e-5)
 
 
+def test_softmax_and_norm_survive_what_is_huge(backend, dtype):
+    """Numbers whose exponentials or squares leave the range of the dtype, beside a 0."""
+    Z = np.array([[1000.0, 0.0], [-1000.0, 0.0]], dtype)
+    A, Delta, C = backend.xp.empty((2, 2), dtype), backend.xp.empty((2, 2), dtype), backend.xp.empty(2, dtype)
+    backend.ops.output(OUTPUT["softmax"], *device(backend, Z), A)
+    np.testing.assert_array_equal(to_host(A), [[1, 0], [0, 1]])
+    huge = dtype(np.finfo(dtype).max / 4)
+    Y, T = np.array([[huge, 0], [0, 3]], dtype), np.zeros((2, 2), dtype)
+    backend.ops.output_delta(COSTS["norm"], IDENTITY, *device(backend, Y, T), 1.0, Delta, C)
+    np.testing.assert_array_equal(to_host(C), [huge, 3])
+    np.testing.assert_array_equal(to_host(Delta), [[1, 0], [0, 1]])
+
+
 @pytest.mark.parametrize(("m", "n"), SIZES)
 def test_weight_gradient(backend, rng, dtype, m, n):
     Delta, A = rng.normal(size=(m, n)).astype(dtype), rng.normal(size=(m, 9)).astype(dtype)
