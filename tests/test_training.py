@@ -73,6 +73,16 @@ def test_training_is_its_steps_one_after_the_other(backend, blobs, rule, batch_s
     assert history.steps == [steps_per_epoch(101, batch_size), 2 * steps_per_epoch(101, batch_size)]
 
 
+def test_what_is_not_said_is_ten_epochs_of_adam(rng):
+    X, T = rng.normal(size=(300, 4)), rng.integers(0, 3, 300)
+    thetas = []
+    for said in ({}, {"optimizer": bp.Adam(), "epochs": 10, "batch_size": 128, "seed": 0}):
+        net = bp.Network([4, 3], seed=1)
+        bp.train(net, X, T, **said)
+        thetas.append(to_host(net.theta))
+    np.testing.assert_array_equal(*thetas)
+
+
 def test_every_epoch_visits_every_sample_once_in_a_fresh_order():
     orders = [shuffled(1000, 3, e) for e in (1, 2, 3)]
     for order in orders:
