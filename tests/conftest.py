@@ -3,7 +3,6 @@
 import os
 
 import fake_cupy
-import kernels_on_cpu
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -20,15 +19,6 @@ REQUIRED = os.environ.get("BACKPROP_GPU_REQUIRE") == "1"
 def pytest_make_parametrize_id(config, val, argname):
     """No bytes in a test's name: archives hold the time of day, and a name shall stay what it is."""
     return argname if isinstance(val, bytes) else None
-
-
-def pytest_collection_finish(session):
-    """Where all kernels will be run, begin to build them now."""
-    if (
-        sum(item.path.name == "test_kernels.py" for item in session.items) > 1000
-        and not session.config.option.collectonly
-    ):
-        kernels_on_cpu.build_ahead()
 
 
 @pytest.fixture(autouse=True)

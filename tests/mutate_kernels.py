@@ -68,6 +68,9 @@ NO_STATEMENT = {
 # A dropped statement reads ";  // the statement".
 _ROOM = "one more element than is used"
 _AT_ZERO = "differs at 0 alone, where both sides are 0"
+_FINITE = "of the sum before, it counts only whether it is finite"
+_LANES = "how many threads share a row, for speed"
+_HEED = "decides only whose outcome is computed, far from where it is needed"
 _WIDE = "whether 16 bytes are moved at a time, for speed"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
@@ -96,7 +99,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "regularize.cu",
         "double sum_before = 0, sum_after = 0;",
         "double sum_before = 1, sum_after = 0;",
-    ): "of the sum before, it counts only whether it is finite",
+    ): _FINITE,
     ("regularize.cu", "if (l1 != 0 || l2 != 0) {", "if (true) {"): "adds 0 to each, for theta is finite",
     (
         "regularize.cu",
@@ -107,12 +110,84 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "update.cu",
         "constexpr double HUGE = 1e12;",
         "constexpr float HUGE = 1e12;",
-    ): "decides only whose outcome is computed, far from where it is needed",
+    ): _HEED,
     (
         "update.cu",
         "real s[3] = {s0 ? s0[e] : real(0), s1 ? s1[e] : real(0), s2 ? s2[e] : real(0)};",
         "real s[4] = {s0 ? s0[e] : real(0), s1 ? s1[e] : real(0), s2 ? s2[e] : real(0)};",
     ): _ROOM,
+    (
+        "activations.cuh",
+        "static __device__ real value(real z) { return (z < 0 ? real(0) : z) + log1p(exp(-fabs(z))); }",
+        "static __device__ real value(real z) { return (z <= 0 ? real(0) : z) + log1p(exp(-fabs(z))); }",
+    ): _AT_ZERO,
+    (
+        "activations.cuh",
+        "static __device__ real derivative(real a) { return a < 0 ? a + 1 : real(1); }",
+        "static __device__ real derivative(real a) { return a <= 0 ? a + 1 : real(1); }",
+    ): "differs at 0 alone, where both sides are 1",
+    (
+        "common.cuh",
+        "__device__ __forceinline__ real not_a_number() { return real(__int_as_float(0x7fc00000)); }",
+        "__device__ __forceinline__ real not_a_number() { return real(__int_as_float(0x7fc00001)); }",
+    ): "another NaN",
+    (
+        "costs.cuh",
+        "const real e = fabs(y - t), c = e > delta ? delta : e;",
+        "const real e = fabs(y - t), c = e >= delta ? delta : e;",
+    ): "both sides are the same then",
+    (
+        "dropout.cu",
+        "for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i * 4 < n; i += stride) {",
+        "for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i * 4 <= n; i += stride) {",
+    ): "the guards inside turn away what is too much",
+    (
+        "measure.cu",
+        "right = K <= NARROW ? count_right<1>(scores, labels, T, task, first, last, K)",
+        "right = true ? count_right<1>(scores, labels, T, task, first, last, K)",
+    ): _LANES,
+    (
+        "measure.cu",
+        "right = K <= NARROW ? count_right<1>(scores, labels, T, task, first, last, K)",
+        "right = false ? count_right<1>(scores, labels, T, task, first, last, K)",
+    ): _LANES,
+    (
+        "output_delta.cu",
+        "sum += (real(z[k] > 0) - t(k)) * z[k] + log1p(exp(-fabs(z[k])));",
+        "sum += (real(z[k] >= 0) - t(k)) * z[k] + log1p(exp(-fabs(z[k])));",
+    ): "differs where z = 0 alone, and is multiplied by z",
+    (
+        "output_delta.cu",
+        "if (threadIdx.x == 0) C[i] = cost;",
+        "if (threadIdx.x == 1) C[i] = cost;",
+    ): "every thread of the row has the same cost",
+    ("regularize.cu", "before_here += y * y;", "before_here -= y * y;"): _FINITE,
+    ("regularize.cu", "sum_before += before[i];", "sum_before -= before[i];"): _FINITE,
+    (
+        "rules.cuh",
+        "if (momentum != 0) step = s[2] = momentum * s[2] + step;",
+        "if (true) step = s[2] = momentum * s[2] + step;",
+    ): "without momentum adds 0",
+    (
+        "rules.cuh",
+        "if (amsgrad) v = s[2] = s[1] > s[2] ? s[1] : s[2];",
+        "if (amsgrad) v = s[2] = s[1] >= s[2] ? s[1] : s[2];",
+    ): "both sides are the same then",
+    (
+        "rules.cuh",
+        "if (amsgrad) v = s[2] = s[1] > s[2] ? s[1] : s[2];",
+        "if (true) v = s[2] = s[1] > s[2] ? s[1] : s[2];",
+    ): "without amsgrad s[2] is 0, and s[1] not less",
+    (
+        "share.cu",
+        "sum = join_row(sum, Sum(), real(0));",
+        "sum = join_row(sum, Sum(), real(1));",
+    ): "a block of 1024 threads, 32 warps, leaves no lane without a part",
+    (
+        "update.cu",
+        "constexpr double HUGE = 1e12;",
+        "constexpr double HUGE = 2000000000000.0;",
+    ): _HEED,
 }
 
 

@@ -4,6 +4,7 @@ import itertools
 
 import fake_cupy
 import kernel_variants
+import kernels_on_cpu
 import numpy as np
 import pytest
 from conftest import real_gpu
@@ -36,6 +37,13 @@ RULES = [
     NAdam(0.01, (0.8, 0.9), eps=1e-3, weight_decay=0.1),
     Lion(0.01, (0.8, 0.9), weight_decay=0.1),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built_beside_the_tests(request):
+    """Where all kernels will be run, begin to build them now."""
+    if sum(item.path == request.path for item in request.session.items) > 1000:
+        kernels_on_cpu.build_ahead()
 
 
 @pytest.fixture(params=[*MODES, pytest.param("cupy", marks=pytest.mark.gpu)])
