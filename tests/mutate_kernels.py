@@ -74,6 +74,87 @@ _HEED = "decides only whose outcome is computed, far from where it is needed"
 _WIDE = "whether 16 bytes are moved at a time, for speed"
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
+        "costs.cuh",
+        "return e > delta ? delta : e < -delta ? -delta : e;",
+        "return e >= delta ? delta : e < -delta ? -delta : e;",
+    ): "both sides are the same there",
+    (
+        "activations.cuh",
+        "static __device__ real value(real z) { return z < 0 ? real(0) : z; }",
+        "static __device__ real value(real z) { return z <= 0 ? real(0) : z; }",
+    ): _AT_ZERO,
+    (
+        "common.cuh",
+        "constexpr int WIDE = 16 / sizeof(real);",
+        "constexpr int WIDE = 17 / sizeof(real);",
+    ): "the quotient is the same",
+    ("rules.cuh", "v = v < 0 ? real(0) : v;", "v = v <= 0 ? real(0) : v;"): _AT_ZERO,
+    (
+        "rules.cuh",
+        "if (momentum != 0) {",
+        "if (momentum != 1) {",
+    ): "without momentum the step is 0 v + g, and v is not kept",
+    (
+        "update.cu",
+        "const double lr = row[1], decay = row[2], step = lr > 1 ? lr : 1;",
+        "const float lr = row[1], decay = row[2], step = lr > 1 ? lr : 1;",
+    ): _HEED,
+    (
+        "update.cu",
+        "const double reach = 1 + fabs(double(gj)) + (decay != 0 ? decay * fabs(double(theta[e])) : 0.0);",
+        "const double reach = 1 + fabs(double(gj)) + (true ? decay * fabs(double(theta[e])) : 0.0);",
+    ): _HEED,
+    (
+        "update.cu",
+        "const double reach = 1 + fabs(double(gj)) + (decay != 0 ? decay * fabs(double(theta[e])) : 0.0);",
+        "const double reach = 1 + fabs(double(gj)) + (decay != 0 ? decay * fabs(double(theta[e])) : 1.0);",
+    ): _HEED,
+    (
+        "update.cu",
+        "const double reach = 1 + fabs(double(gj)) + (decay != 0 ? decay * fabs(double(theta[e])) : 0.0);",
+        "const double reach = 2 + fabs(double(gj)) + (decay != 0 ? decay * fabs(double(theta[e])) : 0.0);",
+    ): _HEED,
+    ("update.cu", "real sum_here = 0;", "real sum_here = 1;"): _FINITE,
+    ("update.cu", "sum += sum_here;", "sum -= sum_here;"): _FINITE,
+    (
+        "update.cu",
+        "real s[3] = {s0 ? s0[e] : real(0), s1 ? s1[e] : real(0), s2 ? s2[e] : real(0)};",
+        "real s[3] = {s0 ? s0[e] : real(1), s1 ? s1[e] : real(0), s2 ? s2[e] : real(0)};",
+    ): "a slot that a rule does without",
+    (
+        "update.cu",
+        "real s[3] = {s0 ? s0[e] : real(0), s1 ? s1[e] : real(0), s2 ? s2[e] : real(0)};",
+        "real s[3] = {s0 ? s0[e] : real(0), s1 ? s1[e] : real(0), s2 ? s2[e] : real(1)};",
+    ): "a slot that a rule does without",
+    ("update.cu", "real* const slot[3] = {s0, s1, s2};", "real* const slot[4] = {s0, s1, s2};"): _ROOM,
+    (
+        "update.cu",
+        "if (blockIdx.x == 0 && threadIdx.x == 0 && diverged[0] == 0) diverged[0] = (long long)row[0];",
+        "if (blockIdx.x == 0 && threadIdx.x == 1 && diverged[0] == 0) diverged[0] = (long long)row[0];",
+    ): "any thread of the block may say it",
+    (
+        "activate.cu",
+        "if (n % WIDE == 0 && aligned<WIDE>(b) && aligned<WIDE>(Z) && aligned<WIDE>(A))",
+        "if (false)",
+    ): _WIDE,
+    ("gather.cu", "if (n % WIDE == 0 && aligned<WIDE>(data) && aligned<WIDE>(out))", "if (false)"): _WIDE,
+    ("dropout.cu", "if (wide && i * 4 + 4 <= n) {", "if (wide && i * 4 + 5 <= n) {"): _WIDE,
+    (
+        "regularize.cu",
+        "if (clip_value >= 0) x.v[j] = y > clip_value ? clip_value : y < -clip_value ? -clip_value : y;",
+        "if (clip_value >= 0) x.v[j] = y > clip_value ? clip_value : y <= -clip_value ? -clip_value : y;",
+    ): "both sides are the same there",
+    (
+        "sums.cuh",
+        "for (int strip = blockIdx.x * WARP; strip < columns; strip += gridDim.x * WARP) {",
+        "for (int strip = blockIdx.x * WARP; strip <= columns; strip += gridDim.x * WARP) {",
+    ): "the guards inside turn away what is too much",
+    (
+        "sums.cuh",
+        "for (long long row = first + threadIdx.y; row < last; row += DEEP * AHEAD) {",
+        "for (long long row = first + threadIdx.y; row <= last; row += DEEP * AHEAD) {",
+    ): "the guards inside turn away what is too much",
+    (
         "activations.cuh",
         "static __device__ real value(real z) { return z < 0 ? z * real(0.01) : z; }",
         "static __device__ real value(real z) { return z <= 0 ? z * real(0.01) : z; }",
