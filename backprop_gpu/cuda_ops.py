@@ -28,7 +28,7 @@ from .optimizers import SGD, AdaDelta, AdaGrad, Adam, AdamW, Lion, NAdam, Optimi
 from .regularization import Regularization
 
 __all__ = [
-    "affine", "affine_activate", "counting", "drop", "gather", "hidden_delta", "measure", "output",
+    "affine", "affine_activate", "counting", "dot_targets", "drop", "gather", "hidden_delta", "measure", "output",
     "output_delta", "regularize", "scratch", "share", "step_rows", "subtract_targets", "update", "weight_gradient",
     "xp",
 ]  # fmt: skip
@@ -441,6 +441,14 @@ def update(
 def _spare(M: Array) -> tuple[Array, Array]:
     """Two scratch arrays of the shape of M."""
     return scratch("spare 0", M.shape, M.dtype), scratch("spare 1", M.shape, M.dtype)
+
+
+def dot_targets(T: Array, M: Array, out: Array) -> None:
+    """out_i = sum_k t_k M_ik; labels T pick one entry a row."""
+    if T.ndim == 1:
+        out[...] = M[counting(len(T)), T]
+    else:
+        (T * M).sum(axis=1, out=out)
 
 
 def subtract_targets(M: Array, T: Array, scale: float = 1.0) -> None:

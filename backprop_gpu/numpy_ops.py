@@ -23,7 +23,7 @@ from .optimizers import Optimizer, Slots
 from .regularization import Regularization
 
 __all__ = [
-    "affine", "affine_activate", "counting", "drop", "gather", "hidden_delta", "measure", "output",
+    "affine", "affine_activate", "counting", "dot_targets", "drop", "gather", "hidden_delta", "measure", "output",
     "output_delta", "regularize", "scratch", "share", "step_rows", "subtract_targets", "update", "weight_gradient",
     "xp",
 ]  # fmt: skip
