@@ -151,6 +151,7 @@ WRONG_PACKAGE = 71  # a status that pytest has not
 # mutant of that line, in both without a comment. A dropped statement reads "pass  # its first line".
 _SCRATCH = "another scratch array, free there too"
 _HEED = "decides only when a copy is kept to go back to, far from where it is needed"
+_TUNED = "how work is shared out, for speed"
 EQUIVALENT: dict[tuple[str, str], str] = {
     ("costs", "cost.from_Y(ops, Y, T, Delta, C, s[1])"): _SCRATCH,
     ("costs", "cost.from_Z(ops, Z, T, Delta, C, s[1], cost.smoothing)"): _SCRATCH,
@@ -167,6 +168,17 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("numpy_ops", "reach = 2 + math.sqrt(norm2)"): _HEED,
     ("numpy_ops", "reach = 1 + float(norm2)"): _HEED,
     ("numpy_ops", "reach += rule.weight_decay * float(float(np.dot(theta, theta)))"): _HEED,
+    ("cuda_ops", "MOST_BLOCKS = 1024"): _TUNED,
+    ("cuda_ops", "MOST_PARTS = 256"): _TUNED,
+    ("cuda_ops", "CHUNK = 256"): _TUNED,
+    ("cuda_ops", "FILLED = 128"): _TUNED,
+    ("cuda_ops", "NARROW = 64"): _TUNED,
+    ("cuda_ops", "LONG_ROW = 1024"): _TUNED,
+    ("cuda_ops", "m, n = len(out), out.size / len(out)"): "a whole number all the same, and made an integer",
+    (
+        "cuda_ops",
+        'return scratch("spare 1", M.shape, M.dtype), scratch("spare 0", M.shape, M.dtype)',
+    ): "one scratch array for the other",
     ("stopping", "return self._deadline is not None and time.perf_counter() >= self._deadline"): "one tick of a clock",
     ("optimizers", "while at < t and M > 1.1e-20:"): "how small a product counts as none",
     ("optimizers", "weight_decay = 0.0"): "every rule has a field of that name",
