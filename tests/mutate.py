@@ -115,6 +115,7 @@ def _plan(first: str, *later: tuple[str, ...]) -> list[tuple[str, ...]]:
 _ON_NUMPY = (_OPERATIONS, "-k", f"not fake and {_ONE_SIZE}"), (_OPERATIONS, "-k", "not fake")
 _ON_KERNELS = (  # which are compiled once and then kept between runs
     (_OPERATIONS, "-k", f"fake and {_ONE_SIZE}"),
+    ("tests/test_own_functions.py",),
     (_KERNELS, "-k", "plain and small"),
     _DEVICE,
     (_KERNELS, "-k", "plain"),
@@ -131,7 +132,7 @@ PLAN = {
     "initializers": _plan("network"),
     "batches": _plan("stopping"),
     "numpy_ops": [*_plan("weights network", *_ON_NUMPY), ("tests/test_memory.py",)],
-    "cuda_ops": [*_ON_KERNELS, ("tests/test_own_functions.py",)],
+    "cuda_ops": [*_ON_KERNELS],
     "cuda_source": [
         (_KERNELS, "-k", "plain and (gather or launches)"),
         ("tests/test_package.py", "-k", "found"),
@@ -151,6 +152,7 @@ WRONG_PACKAGE = 71  # a status that pytest has not
 # mutant of that line, in both without a comment. A dropped statement reads "pass  # its first line".
 _SCRATCH = "another scratch array, free there too"
 _HEED = "decides only when a copy is kept to go back to, far from where it is needed"
+_PRODUCT = "spares a product with 1"
 _TUNED = "how work is shared out, for speed"
 EQUIVALENT: dict[tuple[str, str], str] = {
     ("costs", "cost.from_Y(ops, Y, T, Delta, C, s[1])"): _SCRATCH,
@@ -174,6 +176,12 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("cuda_ops", "FILLED = 128"): _TUNED,
     ("cuda_ops", "NARROW = 64"): _TUNED,
     ("cuda_ops", "LONG_ROW = 1024"): _TUNED,
+    (
+        "cuda_ops",
+        'pairs = out if chunks == 1 else scratch("pairs", (chunks, 3), np.float64)',
+    ): "more scratch than is used",
+    ("cuda_ops", "elif scale == 2:"): _PRODUCT,
+    ("numpy_ops", "elif scale == 2:"): _PRODUCT,
     ("cuda_ops", "m, n = len(out), out.size / len(out)"): "a whole number all the same, and made an integer",
     (
         "cuda_ops",

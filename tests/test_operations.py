@@ -4,7 +4,7 @@ import formulas
 import numpy as np
 import pytest
 
-from backprop_gpu import SGD, AdaGrad, Adam, AdamW, RMSProp, numpy_ops
+from backprop_gpu import SGD, AdaGrad, Adam, AdamW, RMSProp, costs, numpy_ops
 from backprop_gpu.activations import HIDDEN, IDENTITY, OUTPUT
 from backprop_gpu.backend import to_host
 from backprop_gpu.costs import COSTS
@@ -138,6 +138,20 @@ def test_costs_survive_extreme_logits(backend, dtype, name, g):
     assert np.isfinite(to_host(Delta)).all()
     wanted = [formulas.cost(name, g, z, t) for z, t in zip(Z.tolist(), T.tolist(), strict=True)]
     np.testing.assert_allclose(to_host(C), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["labels", "rows"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize(("name", "g"), [("cross_entropy", "softmax"), ("binary_cross_entropy", "sigmoid")])
+def test_plain_lines_of_a_cost_give_what_its_operation_gives(backend, rng, dtype, name, g, smoothing, kind):
+    cost, T = COSTS[name].smoothed(smoothing), rng.integers(0, 5, 9)
+    T = T if kind == "labels" else rng.dirichlet(np.ones(5), 9).astype(dtype)
+    dZ, dT = device(backend, rng.normal(size=(9, 5)).astype(dtype), T)
+    Delta, C, wanted, wanted_C = (backend.xp.empty(shape, dtype) for shape in ((9, 5), 9, (9, 5), 9))
+    costs.output_delta(backend.ops, cost, OUTPUT[g], dZ, dT, Delta, C)
+    backend.ops.output_delta(cost, OUTPUT[g], dZ, dT, 1.0, wanted, wanted_C)
+    np.testing.assert_allclose(to_host(C), to_host(wanted_C), **tolerance(dtype))
+    np.testing.assert_allclose(to_host(Delta), to_host(wanted), **tolerance(dtype))
 
 
 def test_softmax_and_norm_survive_what_is_huge(backend, dtype):

@@ -38,9 +38,11 @@ def test_a_wrong_derivative_is_found(rng):
     assert not bp.gradient_check(net, X, T, wrong_cost)
 
 
-def test_ones_own_version_of_a_built_in_function_trains_like_it(backend, rng):
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_ones_own_version_of_a_built_in_function_trains_like_it(backend, rng, dropout):
     X, T = rng.normal(size=(20, 3)), rng.integers(0, 2, 20)
-    nets = [bp.Network([3, 4, 2], f, f, precision="float64", seed=1, backend=backend.name) for f in ("tanh", own_tanh)]
+    build = {"precision": "float64", "seed": 1, "backend": backend.name, "dropout": dropout}
+    nets = [bp.Network([3, 4, 2], f, f, **build) for f in ("tanh", own_tanh)]
     histories = [
         bp.train(net, X, T, cost=cost, optimizer=bp.SGD(0.1), epochs=3, batch_size=6, validation=(X, T))
         for net, cost in zip(nets, ("squared_error", own_squares), strict=True)
