@@ -21,8 +21,8 @@ import cupy as xp  # the array module, under the name that code for both backend
 import numpy as np
 
 from . import costs, cuda_source, dropout
-from .activations import IDENTITY, OUTPUT, Activation, Array
-from .costs import MAKERS, Cost
+from .activations import IDENTITY, Activation, Array
+from .costs import Cost
 from .errors import ConfigError
 from .optimizers import SGD, AdaDelta, AdaGrad, Adam, AdamW, Lion, NAdam, Optimizer, RMSProp, Slots
 from .regularization import Regularization
@@ -73,7 +73,8 @@ class _Kernel(NamedTuple):
     parameters: tuple[cuda_source.Parameter, ...]
 
 
-def _kernel(file: str, name: str, dtype: np.dtype[Any], **defines: str) -> _Kernel:
+def kernel_of(file: str, name: str, dtype: np.dtype[Any], **defines: str) -> _Kernel:
+    """A kernel of kernels/<file>, for that dtype and those macros."""
     real = "float" if dtype == np.float32 else "double"
     return _module(cp.cuda.runtime.getDevice(), file, (("REAL", real), *defines.items()))[name]
 
@@ -96,58 +97,30 @@ def _module(device: int, file: str, defines: tuple[tuple[str, str], ...]) -> dic
         raise
 
 
-def _is_compiled(f: Activation) -> bool:
-    """Whether the kernels know f, by the table in activations.cuh or by its CUDA expressions."""
-    return f.cuda is not None or OUTPUT.get(f.name) == f
-
-
-def _defines(f: Activation) -> dict[str, str]:
-    """What stands before the text of a kernel that applies f."""
-    if f.cuda is None:
-        return {"ACTIVATION": f"f_{f.name}"}
-    value, derivative = f.cuda
-    own = (
-        f"struct f_own {{ static constexpr bool from_Z = {str(f.derivative_from == 'Z').lower()}, rows = false; "
-        f"static __device__ real value(real z) {{ return {value}; }} "
-        f"static __device__ real derivative(real {f.derivative_from.lower()}) {{ return {derivative}; }} }};"
-    )
-    return {"OWN_ACTIVATION": own, "ACTIVATION": "f_own"}
-
-
-def _name(cost: Cost) -> str:
-    return cost.name.partition(":")[0]
-
-
-def _cost_defines(cost: Cost) -> dict[str, str]:
-    if cost.cuda is None:
-        return {"COST": f"cost_{_name(cost)}"}
-    value, derivative = cost.cuda
-    own = (
-        f"struct cost_own {{ static __device__ real value(real y, real t, real) {{ return {value}; }} "
-        f"static __device__ real derivative(real y, real t, real) {{ return {derivative}; }} }};"
-    )
-    return {"OWN_COST": own, "COST": "cost_own"}
-
-
-def _launch(kernel: _Kernel, grid: tuple[int, ...], block: tuple[int, ...], *given: Any) -> None:
-    """The one place where a kernel starts. CuPy checks neither types nor strides nor the number of arguments.
+def arguments(kernel: _Kernel, given: Sequence[Any]) -> list[Any]:
+    """What the kernel is given, checked and converted: CuPy checks neither types nor strides nor their number.
 
     Arrays must be C-contiguous and of the dtype that the kernel's text declares, None is a null pointer, numbers are
     converted to what it declares.
     """
     if len(given) != len(kernel.parameters):
         raise TypeError(f"{kernel.name} takes {len(kernel.parameters)} arguments, not {len(given)}")
-    arguments = []
+    converted: list[Any] = []
     for (name, dtype, is_array), a in zip(kernel.parameters, given, strict=True):
         if not is_array:
-            arguments.append(dtype.type(a))
+            converted.append(dtype.type(a))
         elif a is None:
-            arguments.append(np.uintp(0))
+            converted.append(np.uintp(0))
         elif isinstance(a, cp.ndarray) and a.dtype == dtype and a.flags.c_contiguous:
-            arguments.append(a)
+            converted.append(a)
         else:
             raise TypeError(f"{kernel.name}: {name} must be a C-contiguous device array of {dtype}")
-    kernel.function(grid, block, tuple(arguments))
+    return converted
+
+
+def launch(kernel: _Kernel, grid: tuple[int, ...], block: tuple[int, ...], *given: Any) -> None:
+    """Start a kernel, on arguments as `arguments` wants them."""
+    kernel.function(grid, block, tuple(arguments(kernel, given)))
 
 
 def _same_shape(shape: tuple[int, ...], *arrays: Array | None) -> None:
@@ -178,8 +151,8 @@ def gather(data: Array, rows: Array | slice, out: Array) -> None:
     _same_shape((m,), indices)
     kind = {np.dtype(np.uint8): "gather_bytes", np.dtype(np.int64): "gather_labels"}.get(data.dtype, "gather_reals")
     real = np.dtype(np.float32) if kind == "gather_labels" else out.dtype
-    kernel = _kernel("gather.cu", kind, real)
-    _launch(kernel, _blocks(out.size, out.dtype, MOST_BLOCKS), (THREADS,), data, indices, first, out, m, n)
+    kernel = kernel_of("gather.cu", kind, real)
+    launch(kernel, _blocks(out.size, out.dtype, MOST_BLOCKS), (THREADS,), data, indices, first, out, m, n)
 
 
 def affine(W: Array, A_below: Array, b: Array | None, Z: Array) -> None:
@@ -192,7 +165,7 @@ def affine(W: Array, A_below: Array, b: Array | None, Z: Array) -> None:
 def affine_activate(W: Array, A_below: Array, b: Array | None, f: Activation, Z: Array, A: Array) -> None:
     """Z = W A_below + b, A = f(Z). Z and A may be one array; then only A is left in it."""
     cp.matmul(A_below, W.T, out=Z)
-    if _is_compiled(f):
+    if cuda_source.is_compiled(f):
         _activate(f, b, Z, A)
         return
     if b is not None:
@@ -205,35 +178,35 @@ def _activate(f: Activation, b: Array | None, Z: Array, A: Array) -> None:
     m, n = Z.shape
     _same_shape((m, n), A)
     _same_shape((n,), b)
-    kernel = _kernel("activate.cu", "bias_activate", Z.dtype, **_defines(f))
-    _launch(kernel, _blocks(Z.size, Z.dtype, MOST_BLOCKS), (THREADS,), b, Z, A, m, n)
+    kernel = kernel_of("activate.cu", "bias_activate", Z.dtype, **cuda_source.activation(f))
+    launch(kernel, _blocks(Z.size, Z.dtype, MOST_BLOCKS), (THREADS,), b, Z, A, m, n)
 
 
 def drop(F: Array, rate: float, draw: tuple[int, int], layer: int, mask: Array, A: Array) -> None:
     """mask = 1 / (1 - rate) or 0, drawn by (seed, step) and layer (see `dropout`); A = mask ⊙ F."""
     _same_shape(F.shape, mask, A)
     seed, step = draw
-    kernel = _kernel("dropout.cu", "drop", F.dtype)
+    kernel = kernel_of("dropout.cu", "drop", F.dtype)
     grid = (max(1, min(-(-F.size // (4 * THREADS)), MOST_BLOCKS)),)
     limit, scale = dropout.threshold(rate), dropout.scale(rate)
-    _launch(kernel, grid, (THREADS,), F, mask, A, F.size, limit, scale, layer, step, seed)
+    launch(kernel, grid, (THREADS,), F, mask, A, F.size, limit, scale, layer, step, seed, None, 0)
 
 
 def output(g: Activation, Z: Array, A: Array) -> None:
     """A = g(Z), for output functions, softmax over rows among them."""
-    if not _is_compiled(g):
+    if not cuda_source.is_compiled(g):
         g.value(cp, Z, A, _spare(Z))
     elif g.elementwise:
         _activate(g, None, Z, A)
     else:
         _same_shape(Z.shape, A)
-        _launch(_kernel("softmax.cu", "softmax", Z.dtype), *_rows(*Z.shape), Z, A, *Z.shape)
+        launch(kernel_of("softmax.cu", "softmax", Z.dtype), *_rows(*Z.shape), Z, A, *Z.shape)
 
 
 def share(w: Array, out: Array) -> None:
     """out = w_i / sum w, the part of each sample in the mean cost; all 0 where w is."""
     _same_shape(w.shape, out)
-    _launch(_kernel("share.cu", "share", w.dtype), (1,), (1024,), w, out, w.size)
+    launch(kernel_of("share.cu", "share", w.dtype), (1,), (1024,), w, out, w.size)
 
 
 def output_delta(
@@ -247,14 +220,14 @@ def output_delta(
     _same_shape((m, K), Delta, T if T.ndim == 2 else None)
     _same_shape((m,), C, T if T.ndim == 1 else None, None if isinstance(w, float) else w)
     _same_shape((K,), db)
-    if not _is_compiled(g) or not (cost.cuda or _name(cost) in MAKERS):
+    if not cuda_source.is_compiled(g) or not cuda_source.is_compiled_cost(cost):
         costs.output_delta(sys.modules[__name__], cost, g, Z, T, Delta, C)
         cp.multiply(Delta, w if isinstance(w, float) else w.reshape(-1, 1), out=Delta)
     else:
-        kernel = _kernel("output_delta.cu", "output_delta", Z.dtype, **_cost_defines(cost), **_defines(g))
+        kernel = kernel_of("output_delta.cu", "output_delta", Z.dtype, **cuda_source.cost(cost), **cuda_source.activation(g))
         targets = (T, None) if T.ndim == 1 else (None, T)
         weight = (None, w) if isinstance(w, float) else (w, 0.0)
-        _launch(kernel, *_rows(m, K), Z, *targets, *weight, cost.smoothing, cost.parameter, Delta, C, m, K)
+        launch(kernel, *_rows(m, K), Z, *targets, *weight, cost.smoothing, cost.parameter, Delta, C, m, K)
     if db is not None:
         _sum_columns(Delta, db)
 
@@ -281,14 +254,14 @@ def _in_strips(kernel: _Kernel, M: Array, db: Array | None, *before: Array | Non
     cut = _strips(m, n, M.dtype)
     chunks = cut.grid[1]
     partial = db if db is None or chunks == 1 else scratch("partial sums", (chunks, n), M.dtype)
-    _launch(kernel, cut.grid, _STRIP, *before, M, partial, m, n, cut.chunk_rows, cut.wide)
+    launch(kernel, cut.grid, _STRIP, *before, M, partial, m, n, cut.chunk_rows, cut.wide)
     if db is not None and chunks > 1:
-        kernel = _kernel("column_sums.cu", "column_sums", M.dtype)
-        _launch(kernel, (cut.grid[0], 1), _STRIP, partial, db, chunks, n, chunks, cut.wide)
+        kernel = kernel_of("column_sums.cu", "column_sums", M.dtype)
+        launch(kernel, (cut.grid[0], 1), _STRIP, partial, db, chunks, n, chunks, cut.wide)
 
 
 def _sum_columns(M: Array, db: Array) -> None:
-    _in_strips(_kernel("column_sums.cu", "column_sums", M.dtype), M, db)
+    _in_strips(kernel_of("column_sums.cu", "column_sums", M.dtype), M, db)
 
 
 def hidden_delta(
@@ -304,9 +277,9 @@ def hidden_delta(
     _same_shape(out.shape[1:], db)
     K = Z if f.derivative_from == "Z" else A
     _same_shape(out.shape, K)
-    if _is_compiled(f):
+    if cuda_source.is_compiled(f):
         if f.derivative is not None or mask is not None:
-            kernel = _kernel("hidden_delta.cu", "hidden_delta", out.dtype, **_defines(f))
+            kernel = kernel_of("hidden_delta.cu", "hidden_delta", out.dtype, **cuda_source.activation(f))
             _in_strips(kernel, out, db, K, mask)
             return
     elif f.derivative is not None:
@@ -343,10 +316,10 @@ def measure(task: str, g: Activation, Z: Array, T: Array, C: Array, w: Array | N
     chunks = -(-m // chunk_rows)
     pairs = out if chunks == 1 else scratch("pairs", (chunks, 2), np.float64)
     targets = (T, None) if T.ndim == 1 else (None, T)
-    kernel = _kernel("measure.cu", "measure", Z.dtype)
-    _launch(kernel, (chunks,), (THREADS,), scores, *targets, C, w, _TASKS.get(task, 0), pairs, m, K, chunk_rows)
+    kernel = kernel_of("measure.cu", "measure", Z.dtype)
+    launch(kernel, (chunks,), (THREADS,), scores, *targets, C, w, _TASKS.get(task, 0), pairs, m, K, chunk_rows)
     if chunks > 1:
-        _launch(_kernel("measure.cu", "add_pairs", Z.dtype), (1,), (THREADS,), pairs, out, chunks)
+        launch(kernel_of("measure.cu", "add_pairs", Z.dtype), (1,), (THREADS,), pairs, out, chunks)
 
 
 def regularize(regularization: Regularization, theta: Array, is_weight: Array, g: Array) -> None:
@@ -355,13 +328,13 @@ def regularize(regularization: Regularization, theta: Array, is_weight: Array, g
     grid, n = _blocks(g.size, g.dtype, MOST_PARTS), g.size
     before, after = (scratch(name, (MOST_PARTS,), np.float64) for name in ("norm before", "norm after"))
     of = regularization
-    _launch(
-        _kernel("regularize.cu", "penalize", g.dtype), grid, (THREADS,),
+    launch(
+        kernel_of("regularize.cu", "penalize", g.dtype), grid, (THREADS,),
         theta, is_weight, g, of.l1, of.l2, of.clip_value or -1.0, before, after, n,
     )  # fmt: skip
     if of.clip_value or of.clip_norm:
-        kernel = _kernel("regularize.cu", "clip", g.dtype)
-        _launch(kernel, grid, (THREADS,), g, before, after, *grid, of.clip_norm or -1.0, n)
+        kernel = kernel_of("regularize.cu", "clip", g.dtype)
+        launch(kernel, grid, (THREADS,), g, before, after, *grid, of.clip_norm or -1.0, n)
 
 
 def _adam_numbers(rule: Adam, c: tuple[float, ...]) -> tuple[float, ...]:
@@ -401,14 +374,29 @@ def _rule(rule: Optimizer) -> _Rule:
     return _RULES[type(rule)]
 
 
-def step_rows(rule: Optimizer, lrs: Sequence[float], t: int) -> Any:
-    """What `update` needs of the steps t, t + 1, ... (from 1) at these learning rates: a row each, on the device.
+def rule_name(rule: Optimizer) -> str:
+    """The rule's struct in rules.cuh."""
+    return f"rule_{_rule(rule).name}"
 
-    One copy to the device an epoch, made before its first step.
-    """
+
+def placed(rule: Optimizer, slots: Slots) -> tuple[Array | None, ...]:
+    """The slots where the rule's struct finds them, None where it has none."""
+    s: list[Array | None] = [None, None, None]
+    for place, slot in zip(_rule(rule).places(rule), slots, strict=False):
+        s[place] = slot
+    return tuple(s)
+
+
+def host_rows(rule: Optimizer, lrs: Sequence[float], t: int) -> np.ndarray:
+    """What `update` needs of the steps t, t + 1, ... (from 1) at these learning rates: a row each."""
     numbers = _rule(rule).numbers
     rows = [(i, lr, rule.weight_decay, *numbers(rule, rule.coefficients(lr, i))) for i, lr in enumerate(lrs, t)]
-    return cp.asarray(np.array(rows, np.float64))
+    return np.array(rows, np.float64)
+
+
+def step_rows(rule: Optimizer, lrs: Sequence[float], t: int) -> Any:
+    """`host_rows` on the device: one copy to it an epoch, made before its first step."""
+    return cp.asarray(host_rows(rule, lrs, t))
 
 
 def update(
@@ -418,21 +406,34 @@ def update(
 
     As in `numpy_ops.update`, but decided on the device, so that nobody waits: always returns True.
     """
-    name, _, places = _rule(rule)
-    s: list[Array | None] = [None, None, None]
-    for place, slot in zip(places(rule), slots, strict=False):
-        s[place] = slot
+    update_step(rule, theta, gradient, slots, row, measured, diverged)
+    return True
+
+
+def update_step(
+    rule: Optimizer,
+    theta: Array,
+    gradient: Array,
+    slots: Slots,
+    rows: Array,
+    measured: Array,
+    diverged: Array | None,
+    state: Array | None = None,
+    ahead: int = 0,
+) -> None:
+    """`update`, or with a `state` of kernels/step.cuh the step that it says, `rows` and `measured` then all of them."""
+    s = placed(rule, slots)
     _same_shape(theta.shape, gradient, *s)
-    n, define = theta.size, {"RULE": f"rule_{name}"}
+    n, define = theta.size, {"RULE": rule_name(rule)}
     parts = _blocks(n, theta.dtype, MOST_PARTS)
     norm2 = scratch("norm2", (MOST_PARTS,), np.float64)
     stop = scratch("stop", (MOST_PARTS,), np.int32)
-    kernel = _kernel("update.cu", "survey", theta.dtype, **define)
-    _launch(kernel, parts, (THREADS,), theta, gradient, *s, row, diverged, norm2, stop, n)
-    kernel = _kernel("update.cu", "update", theta.dtype, **define)
+    where = rows.shape[-1], state, ahead
+    kernel = kernel_of("update.cu", "survey", theta.dtype, **define)
+    launch(kernel, parts, (THREADS,), theta, gradient, *s, rows, *where, diverged, norm2, stop, n)
+    kernel = kernel_of("update.cu", "update", theta.dtype, **define)
     grid = _blocks(n, theta.dtype, MOST_BLOCKS)
-    _launch(kernel, grid, (THREADS,), theta, gradient, *s, row, measured, norm2, stop, *parts, diverged, n)
-    return True
+    launch(kernel, grid, (THREADS,), theta, gradient, *s, rows, *where, measured, norm2, stop, *parts, diverged, n)
 
 
 # --------------------------------------------------------------------- functions of one's own, and those in plain CuPy

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .activations import OUTPUT, Activation
+from .costs import MAKERS, Cost
 from .errors import BackendError
 
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.M)
-_KERNEL = re.compile(r'extern "C" __global__ void (\w+)\(([^)]*)\)')
+_KERNEL = re.compile(r'extern "C" __global__ (?:__launch_bounds__\([^)]*\) )?void (\w+)\(([^)]*)\)')
 _TYPES = {
     "unsigned char": np.uint8,
     "int": np.int32,
@@ -68,3 +70,43 @@ def signatures(source: str) -> dict[str, tuple[Parameter, ...]]:
 def _parameter(declared: str, types: dict[str, Any]) -> Parameter:
     words = [word for word in declared.replace("*", " * ").split() if word not in ("const", "__restrict__")]
     return Parameter(words[-1], np.dtype(types[" ".join(words[:-1]).removesuffix(" *")]), "*" in words)
+
+
+def is_compiled(f: Activation) -> bool:
+    """Whether kernels know f, by the table in activations.cuh or by its CUDA expressions."""
+    return f.cuda is not None or OUTPUT.get(f.name) == f
+
+
+def activation(f: Activation, macro: str = "ACTIVATION") -> dict[str, str]:
+    """What stands before the text of a kernel in which `macro` is f."""
+    if f.cuda is None:
+        return {macro: f"f_{f.name}"}
+    value, derivative = f.cuda
+    name = f"f_own_{macro.lower()}"
+    own = (
+        f"struct {name} {{ static constexpr bool from_Z = {str(f.derivative_from == 'Z').lower()}, rows = false; "
+        f"static __device__ real value(real z) {{ return {value}; }} "
+        f"static __device__ real derivative(real {f.derivative_from.lower()}) {{ return {derivative}; }} }};"
+    )
+    return {f"OWN_{macro}": own, macro: name}
+
+
+def is_compiled_cost(cost: Cost) -> bool:
+    """Whether kernels know the cost, by costs.cuh and output_delta.cu or by its CUDA expressions."""
+    return cost.cuda is not None or _name(cost) in MAKERS
+
+
+def cost(cost: Cost) -> dict[str, str]:
+    """What stands before the text of a kernel in which COST is `cost`."""
+    if cost.cuda is None:
+        return {"COST": f"cost_{_name(cost)}"}
+    value, derivative = cost.cuda
+    own = (
+        f"struct cost_own {{ static __device__ real value(real y, real t, real) {{ return {value}; }} "
+        f"static __device__ real derivative(real y, real t, real) {{ return {derivative}; }} }};"
+    )
+    return {"OWN_COST": own, "COST": "cost_own"}
+
+
+def _name(cost: Cost) -> str:
+    return cost.name.partition(":")[0]

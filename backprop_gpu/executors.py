@@ -1,21 +1,32 @@
-"""How a training step is run: here eagerly, one operation after the other."""
+"""How training steps are run: eagerly, one operation after the other, or as CUDA graphs of a plan's kernels.
+
+The ladder: a graph of fused kernels, then the operations of the page (on CuPy, kernels and cuBLAS's products), both
+over the same buffers of theta and the optimizer's slots. `choose` takes the highest rung that does what is asked.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import os
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from . import plan as plans
 from .activations import Array
 from .costs import Cost
+from .errors import ConfigError
 from .inputs import Samples
 from .network import Batch, Network, Views, backward, forward
 from .optimizers import Optimizer
 from .regularization import Regularization
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Problem:
     """What a run minimises: the cost of a network, with penalties, over data.
 
@@ -31,36 +42,78 @@ class Problem:
 
 
 class Eager:
-    """Training steps on a network's backend, over buffers made once.
+    """Training steps on a network's backend, one operation after the other, over buffers made once.
 
-    `batch_size` is the largest batch; `seed` is that of the dropout masks. `diverged[0]`, on the device, is the first
-    step that left the finite numbers, 0 so far.
+    `batch_size` is the largest batch, `steps` the number of steps of an epoch; `seed` is that of the dropout masks.
+    `measured[i]`, on the device, is what step i of the epoch was judged by: the sum of the weighted costs, and how many
+    samples were predicted right. `diverged[0]`, likewise, is the first step that left the finite numbers, 0 so far.
     """
 
-    def __init__(self, problem: Problem, rule: Optimizer, batch_size: int, seed: int) -> None:
+    rung = "eager"
+
+    def __init__(self, problem: Problem, rule: Optimizer, batch_size: int, seed: int, steps: int) -> None:
         net, be = problem.net, problem.net.backend
         rule.check(net.dtype)
-        self.problem, self.rule, self.seed = problem, rule, seed
-        self.batch = Batch(net, batch_size, gradient=True, draw=(seed, 0))
-        T = problem.samples.T
-        self.T = be.xp.empty((batch_size, *T.shape[1:]), T.dtype)
-        self.w, self.part = (be.xp.empty(batch_size, net.dtype) for _ in range(2))
-        flat = be.zeros(net.theta.size, net.dtype)
-        self.gradient = Views(flat, net.layers, net.biased)
+        self.problem, self.rule, self.seed, self.batch_size = problem, rule, seed, batch_size
         # Frozen layers come first in theta: what is trained is the rest of it.
-        start = Views.size(net.layers[: problem.frozen + 1], net.biased[: problem.frozen], net.dtype)
-        self.theta, self.g = net.theta[start:], flat[start:]
-        self.is_weight = net.weight_mask()[start:] if problem.regularization else None
+        self._start = Views.size(net.layers[: problem.frozen + 1], net.biased[: problem.frozen], net.dtype)
+        self.theta = net.theta[self._start :]
         self.slots = tuple(be.zeros(self.theta.size, net.dtype) for _ in range(rule.slots))
         self.diverged = be.xp.zeros(1, be.xp.int64)
+        self.measured = be.zeros(2 * steps, np.dtype(np.float64)).reshape(steps, 2)
 
-    def begin(self, order: np.ndarray, lrs: Sequence[float], t: int) -> None:
-        """Before an epoch: its samples in order, the learning rate of each of its steps, t of the first (from 1).
+    @functools.cached_property
+    def batch(self) -> Batch:
+        """What a step computes on its way."""
+        return Batch(self.problem.net, self.batch_size, gradient=True, draw=(self.seed, 0))
 
-        All that an epoch takes to the device.
+    @functools.cached_property
+    def _of_batch(self) -> tuple[Array, Array, Array]:
+        """The targets of a batch, its weights, and their part in the cost."""
+        be, T, dtype = self.problem.net.backend, self.problem.samples.T, self.problem.net.dtype
+        size = self.batch_size
+        return be.xp.empty((size, *T.shape[1:]), T.dtype), be.xp.empty(size, dtype), be.xp.empty(size, dtype)
+
+    @functools.cached_property
+    def _flat(self) -> Array:
+        return self.problem.net.backend.zeros(self.problem.net.theta.size, self.problem.net.dtype)
+
+    @property
+    def g(self) -> Array:
+        """The gradient of what is trained, a flat vector."""
+        return self._flat[self._start :]
+
+    @functools.cached_property
+    def gradient(self) -> Views:
+        """dW and db of every layer."""
+        return Views(self._flat, self.problem.net.layers, self.problem.net.biased)
+
+    @functools.cached_property
+    def is_weight(self) -> Array | None:
+        """1 at the weights of theta, where penalties want to know."""
+        return self.problem.net.weight_mask()[self._start :] if self.problem.regularization else None
+
+    def begin(self, order: np.ndarray, ends: Sequence[int], lrs: Sequence[float], t: int) -> None:
+        """Before an epoch: its samples in order, where its batches begin and end, the learning rate of each step.
+
+        t is the first step's (from 1). All that an epoch takes to the device.
         """
         be = self.problem.net.backend
-        self.order, self.rows, self.t = be.asarray(order), be.ops.step_rows(self.rule, lrs, t), t
+        self.order, self.rows = be.asarray(order), be.ops.step_rows(self.rule, lrs, t)
+        self.ends, self.t = ends, t
+
+    def run(self, i: int, most: int, watched: bool) -> int:
+        """Steps i, i + 1, ... of the epoch (from 0), at most that many; how many it took, 0 where the run diverges.
+
+        `watched`: what theta is after them must be known before the next.
+        """
+        return int(self.step(i, self.ends[i], self.ends[i + 1], self.measured[i]))
+
+    def finish(self) -> None:
+        """At the end of an epoch, before `measured` is read."""
+
+    def close(self) -> None:
+        """Wait for the device, and let go of it."""
 
     def step(self, i: int, start: int, stop: int, measured: Array) -> bool:
         """Step i of the epoch (from 0), on the samples start .. stop - 1 of its order: forward, backward, update.
@@ -71,17 +124,18 @@ class Eager:
         problem, samples = self.problem, self.problem.samples
         net, ops = problem.net, problem.net.backend.ops
         rows, m = self.order[start:stop], stop - start
-        batch, T, mean = self.batch.first(m), self.T[:m], problem.reduction == "mean"
+        of_T, of_w, of_part = self._of_batch
+        batch, T, mean = self.batch.first(m), of_T[:m], problem.reduction == "mean"
         batch.draw = self.seed, self.t + i
         with np.errstate(all="ignore"):  # what is not finite is looked for, and told, by update
             ops.gather(samples.X, rows, batch.A[0])
             ops.gather(samples.T, rows, T)
             w, part = None, 1 / m if mean else 1.0
             if samples.weights is not None:
-                w = part = self.w[:m]
+                w = part = of_w[:m]
                 ops.gather(samples.weights, rows, w)
                 if mean:
-                    part = self.part[:m]
+                    part = of_part[:m]
                     ops.share(w, part)
             forward(ops, net, batch)
             backward(ops, net, batch, T, part, problem.cost, self.gradient, problem.frozen)
@@ -89,3 +143,210 @@ class Eager:
             if problem.regularization:
                 ops.regularize(problem.regularization, self.theta, self.is_weight, self.g)
             return bool(ops.update(self.rule, self.theta, self.g, self.slots, self.rows[i], measured, self.diverged))
+
+
+class Graph(Eager):
+    """Steps of a `plan.Plan`, recorded as CUDA graphs of 64, 16 and 1 of them, and replayed.
+
+    During an epoch nothing waits for the device. A step whose numbers are out of the ordinary (see kernels/step.cuh)
+    changes nothing, and neither do those after it; at the end of the epoch, or at once where it is `watched`, that step
+    is taken eagerly, which tells whether the run diverges, and the rest follows. Where recording fails, steps are eager
+    from there on, with a warning. Raises plan.Unplanned.
+    """
+
+    rung = "graph"
+    sizes = (64, 16, 1)
+
+    def __init__(self, problem: Problem, rule: Optimizer, batch_size: int, seed: int, steps: int) -> None:
+        super().__init__(problem, rule, batch_size, seed, steps)
+        net, samples, cp = problem.net, problem.samples, problem.net.backend.xp
+        self.ops: Any = net.backend.ops
+        n, fused = len(samples), not problem.regularization
+        as_bytes = samples.X.dtype == np.uint8
+        placed = self.ops.placed(rule, self.slots)
+        self._rows = cp.zeros((steps, self.ops.host_rows(rule, [rule.lr], 1).shape[1]), np.float64)
+        shape = plans.Shape(
+            batch_size, batch_size, n, steps, "bytes" if as_bytes else "reals",
+            "labels" if samples.T.ndim == 1 else "rows", samples.weights is not None, problem.reduction == "mean",
+            1.0 if as_bytes else float(abs(samples.X).max()), TASKS.get(samples.task, 0),
+        )  # fmt: skip
+        device = device_of(cp)
+        make = functools.partial(
+            plans.Plan, net, problem.cost, device=device, arithmetic=plans.arithmetic_of(net.precision, device),
+            rule=self.ops.rule_name(rule) if fused else None, slots=[s is not None for s in placed],
+            row_size=self._rows.shape[1], frozen=problem.frozen, seed=seed,
+        )  # fmt: skip
+        self._plan_of = functools.cache(lambda m: make(shape=dataclasses.replace(shape, m=m)))
+        self.plan = self._plan_of(batch_size)
+        self._order = cp.zeros(2 * n, np.int64)
+        self._state = cp.zeros(plans.STATE, np.uint64)
+        self._vectors: dict[str, Any] = {
+            "data": samples.X.reshape(-1), "targets": samples.T.reshape(-1), "weights": samples.weights,
+            "theta": net.theta, "trained": self.theta, "gradient": None if fused else self.g,
+            "work": cp.zeros(self.plan.workspace.size, net.dtype), "order": self._order, "state": self._state,
+            "rows": self._rows.reshape(-1), "measured": self.measured.reshape(-1),
+            **{f"slot {i}": s for i, s in enumerate(placed)},
+        }  # fmt: skip
+        self._graphs: dict[tuple[int, int], Any] = {}
+        self._half = 0
+        self.failed: str | None = None
+
+    def begin(self, order: np.ndarray, ends: Sequence[int], lrs: Sequence[float], t: int) -> None:
+        """As `Eager.begin`, into buffers that stay where they are."""
+        n = len(order)
+        self.order = self._order[self._half * n : (self._half + 1) * n]
+        self.order.set(order)
+        self.rows, self.ends, self.t, self._done = self._rows, ends, t, 0
+        self._rows.set(self.ops.host_rows(self.rule, lrs, t))
+        self._go_on_from(0)
+        decays = max(lrs) * self.rule.weight_decay < 1
+        self._ordinary = max(lrs) <= plans.MOST_LR and decays and self.failed is None
+
+    def _go_on_from(self, i: int, unusual: int = 0) -> None:
+        """Tell the device that the next step is i."""
+        first = self._half * len(self.order) + self.ends[i] - i * self.batch_size
+        self._state.set(np.array([i, unusual, first, self.t], np.int64).view(np.uint64))
+
+    def run(self, i: int, most: int, watched: bool) -> int:
+        """As `Eager.run`, as many steps as the largest graph that fits."""
+        if self._ordinary:
+            m = self.ends[i + 1] - self.ends[i]
+            alike = 1
+            while alike < min(most, self.sizes[0]) and self._size(i + alike) == m:
+                alike += 1
+            steps = next(size for size in self.sizes if size <= alike)
+            try:
+                graph = self._graph(m, steps)
+            except Exception as e:
+                self._ordinary, self.failed = False, f"{type(e).__name__}: {e}"
+                warnings.warn(f"no CUDA graph, steps run one operation at a time: {self.failed}", stacklevel=2)
+                self._go_on_from(i)
+            else:
+                graph.launch()
+                self._done = i + steps
+                if watched:
+                    self.finish()
+                return steps
+        return super().run(i, most, watched)
+
+    def _size(self, i: int) -> int:
+        return self.ends[i + 1] - self.ends[i] if i + 1 < len(self.ends) else 0
+
+    def finish(self) -> None:
+        """Take the steps that were put off, if there are any. Waits for the device."""
+        while unusual := int(self._state[plans.UNUSUAL]):
+            i, done = unusual - self.t, self._done
+            super().step(i, self.ends[i], self.ends[i + 1], self.measured[i])
+            if int(self.diverged[0]):
+                break
+            self._go_on_from(i + 1)
+            i += 1
+            while i < done:
+                i += self.run(i, done - i, False)
+
+    def _graph(self, m: int, steps: int) -> Any:
+        """That many steps of m samples, recorded when they are first asked for."""
+        if (m, steps) not in self._graphs:
+            cp = self.problem.net.backend.xp
+            launches = self._launches(m)
+            if m not in {size for size, _ in self._graphs}:  # compile and run everything once; theta stays as it is
+                self._warm_up(launches)
+            stream = cp.cuda.Stream(non_blocking=True)
+            with stream, cp.cuda.using_allocator(_refuse):
+                stream.begin_capture()
+                try:
+                    for ahead in range(steps):
+                        self._enqueue(launches, ahead)
+                    self._advance(steps, self.batch_size - m)
+                except BaseException:
+                    with contextlib.suppress(Exception):
+                        stream.end_capture()
+                    raise
+                self._graphs[m, steps] = stream.end_capture()
+        return self._graphs[m, steps]
+
+    def _warm_up(self, launches: list[Any]) -> None:
+        before = self._state.copy()
+        self._state.set(np.array([0, 1, 0, self.t], np.uint64))
+        self._enqueue(launches, 0)
+        self._advance(0, 0)
+        self._state[...] = before
+
+    @functools.cached_property
+    def _launches(self) -> Any:
+        """For a number of samples: the kernels of its plan, each with the arguments that stay."""
+        return functools.cache(self._bound)
+
+    def _bound(self, m: int) -> list[Any]:
+        plan, cp = self._plan_of(m), self.problem.net.backend.xp
+        vectors = {**self._vectors, "layers": cp.asarray(plan.table.reshape(-1))}
+        launches = []
+        for o in plan.operations:
+            kernel = self.ops.kernel_of(o.file, o.kernel, self.problem.net.dtype, **dict(o.defines))
+            given = [_found(vectors, a) for a in o.arguments]
+            launches.append((kernel.function, o.grid, o.block, self.ops.arguments(kernel, given), o.arguments.index(plans.AHEAD)))
+        return launches
+
+    def _enqueue(self, launches: list[Any], ahead: int) -> None:
+        """One step, the ahead-th of its recording."""
+        for function, grid, block, arguments, at in launches:
+            arguments[at] = np.int32(ahead)
+            function(grid, block, tuple(arguments))
+        if regularization := self.problem.regularization:
+            self.ops.regularize(regularization, self.theta, self.is_weight, self.g)
+            self.ops.update_step(
+                self.rule, self.theta, self.g, self.slots, self._rows, self.measured, None, self._state, ahead
+            )
+
+    def _advance(self, steps: int, fewer: int) -> None:
+        kernel = self.ops.kernel_of("advance.cu", "advance", self.problem.net.dtype)
+        self.ops.launch(kernel, (1,), (1,), self._state, steps, steps * fewer)
+
+    def close(self) -> None:
+        """Wait for what was launched: then graphs and what they work on may go."""
+        self.problem.net.backend.xp.cuda.get_current_stream().synchronize()
+        self._graphs.clear()
+
+
+def _refuse(size: int) -> Any:
+    raise RuntimeError(f"{size} bytes are allocated in a step, which is not to happen")
+
+
+def _found(vectors: dict[str, Any], argument: Any) -> Any:
+    if isinstance(argument, plans.Place):
+        return vectors[argument.vector][argument.start : argument.start + argument.size]
+    return 0 if argument == plans.AHEAD else argument
+
+
+def device_of(cp: Any) -> plans.Device:
+    """What a plan needs to know of the current GPU."""
+    runtime, index = cp.cuda.runtime, cp.cuda.runtime.getDevice()
+    major, minor, processors, clock, memory_clock, bits = (
+        runtime.deviceGetAttribute(attribute, index) for attribute in (75, 76, 16, 13, 36, 37)
+    )
+    arch = 10 * major + minor
+    name = runtime.getDeviceProperties(index)["name"].decode()
+    lanes = 64 if arch in (60, 70, 72, 75, 80) else 128
+    return plans.Device(name, arch, processors, 2e3 * memory_clock * bits / 8, 2e3 * clock * lanes * processors)
+
+
+TASKS = {"labels": 1, "binary": 2, "multilabel": 2}  # as in right.cuh
+
+
+def choose(problem: Problem, rule: Optimizer, batch_size: int, seed: int, steps: int) -> Eager:
+    """The highest rung of the ladder that can run this, or the one that BACKPROP_GPU_EXECUTOR names.
+
+    Raises ConfigError for another name, and where the named one cannot.
+    """
+    wanted = os.environ.get("BACKPROP_GPU_EXECUTOR", "") or "auto"
+    if wanted not in ("auto", "graph", "eager"):
+        raise ConfigError(f"BACKPROP_GPU_EXECUTOR is {wanted!r}", "set it to graph, eager or auto")
+    if wanted == "graph" and problem.net.backend.name == "numpy":
+        raise ConfigError("BACKPROP_GPU_EXECUTOR is graph, and this runs on NumPy", "set it to eager or auto")
+    if wanted != "eager" and problem.net.backend.name != "numpy":
+        try:
+            return Graph(problem, rule, batch_size, seed, steps)
+        except plans.Unplanned as e:
+            if wanted == "graph":
+                raise ConfigError(f"no graph of steps: {e}", "unset BACKPROP_GPU_EXECUTOR") from None
+    return Eager(problem, rule, batch_size, seed, steps)

@@ -80,21 +80,31 @@ class Views:
     """
 
     def __init__(self, flat: Array, layers: Sequence[int], biased: Sequence[bool]) -> None:
+        places, _ = Views.places(layers, biased, flat.dtype)
         W: list[Any] = [None]
         b: list[Any] = [None]
-        start = 0
-        for n_out, n_in, bias in zip(layers[1:], layers, biased, strict=False):
-            W.append(flat[start : start + n_out * n_in].reshape(n_out, n_in))
-            start += _padded(n_out * n_in, flat.dtype)
-            b.append(flat[start : start + n_out] if bias else None)
-            start += _padded(n_out, flat.dtype) if bias else 0
+        for n_out, n_in, (at_W, at_b) in zip(layers[1:], layers, places, strict=False):
+            W.append(flat[at_W : at_W + n_out * n_in].reshape(n_out, n_in))
+            b.append(None if at_b is None else flat[at_b : at_b + n_out])
         self.W, self.b = tuple(W), tuple(b)
 
     @staticmethod
-    def size(layers: Sequence[int], biased: Sequence[bool], dtype: np.dtype) -> int:
+    def places(
+        layers: Sequence[int], biased: Sequence[bool], dtype: np.dtype[Any]
+    ) -> tuple[list[tuple[int, int | None]], int]:
+        """Where W[l] and b[l] begin in the flat vector, b None without bias, l = 1..L; its size, padding included."""
+        found: list[tuple[int, int | None]] = []
+        start = 0
+        for n_out, n_in, bias in zip(layers[1:], layers, biased, strict=False):
+            at_b = start + _padded(n_out * n_in, dtype)
+            found.append((start, at_b if bias else None))
+            start = at_b + (_padded(n_out, dtype) if bias else 0)
+        return found, start
+
+    @staticmethod
+    def size(layers: Sequence[int], biased: Sequence[bool], dtype: np.dtype[Any]) -> int:
         """How many elements the flat vector has, padding included."""
-        triples = zip(layers[1:], layers, biased, strict=False)
-        return sum(_padded(o * i, dtype) + bias * _padded(o, dtype) for o, i, bias in triples)
+        return Views.places(layers, biased, dtype)[1]
 
 
 def _padded(n: int, dtype: np.dtype) -> int:

@@ -24,7 +24,7 @@ from .batches import KINDS, check_seed, epoch_plan, split_off, steps_per_epoch
 from .checkpoint import check_target, save_network
 from .costs import Cost, choose_cost
 from .errors import ConfigError, DataError, DivergenceError, lookup
-from .executors import Eager, Problem
+from .executors import Problem, choose
 from .inputs import Samples
 from .network import CHUNK_ROWS, Batch, Network, Views, backward, check_reduction, forward, forward_chunks, natural_task
 from .optimizers import Adam, Optimizer, choose_optimizer
@@ -202,13 +202,16 @@ def train(
     steps = steps_per_epoch(n, batch_size)
     run = Run(net, epochs, steps, history)
     on_step, on_epoch = _hooks(callbacks)
-    with _saved_if_stopped(run, save), _alone(net), be.active(), _WholeSteps() as whole_steps:
+    at_once = not on_step and time_limit is None  # else each step is looked after
+    with (
+        _saved_if_stopped(run, save), _alone(net), be.active(), _WholeSteps() as whole_steps,
+        contextlib.ExitStack() as stack,
+    ):  # fmt: skip
         weights = samples.weights  # they stay on the host, where orders are drawn
         before, learned = (net.criterion, net.task), _task(net, samples.T)
         problem = Problem(net, smoothed, samples.on(be.asarray), reduction, regularization, frozen)
-        executor = Eager(problem, rule, batch_size, seed)
+        executor = stack.enter_context(contextlib.closing(choose(problem, rule, batch_size, seed, steps)))
         held_out = None if held_out is None else held_out.on(be.asarray)
-        measured = be.zeros(2 * steps, np.dtype(np.float64)).reshape(steps, 2)
         for run.epoch in range(1, epochs + 1):
             start = time.perf_counter()
             host_order, ends = epoch_plan(batches, n, batch_size, seed, run.epoch)
@@ -216,29 +219,30 @@ def train(
             scheduled = during(factor, watched)
             ending.begin_epoch()
             lrs = [_lr(rule.lr, scheduled, step, epochs * steps) for step in range(run.step, run.step + steps)]
-            executor.begin(host_order, lrs, run.step + 1)
-            late = False
-            for i in range(steps):
+            ends = ends.tolist()
+            executor.begin(host_order, ends, lrs, run.step + 1)
+            done, late = 0, False
+            while done < steps and not late:
                 run.whole = False
-                applied = executor.step(i, ends[i], ends[i + 1], measured[i])
-                if applied:
-                    run.step, run.lr = run.step + 1, lrs[i]
+                taken = executor.run(done, steps - done if at_once else 1, bool(on_step))
+                if taken:
+                    done, run.step, run.lr = done + taken, run.step + taken, lrs[done + taken - 1]
                     net.criterion, net.task = chosen, learned
                 run.whole = True
-                if not applied:
+                if not taken:
                     break
                 for call in on_step:
                     _call(call, run)
                 whole_steps.deliver()
-                if late := ending.late():
-                    break
-            cost_sum, right = to_host(measured)[: i + 1].sum(axis=0)  # the host waits for the device here
+                late = ending.late()
+            executor.finish()
+            cost_sum, right = to_host(executor.measured)[:done].sum(axis=0)  # the host waits for the device here
             if diverged := int(executor.diverged[0]):
                 if diverged == 1:  # on a GPU the host hears of it here
                     net.criterion, net.task = before
                 raise DivergenceError(run.epoch, diverged, lrs[(diverged - 1) % steps])
             history.seconds.append(time.perf_counter() - start)
-            seen = host_order[: ends[i + 1]]
+            seen = host_order[: ends[done]]
             history.epoch.append(run.epoch)
             history.train_cost.append(float(cost_sum) / _whole(weights, seen, reduction))
             history.train_accuracy.append(None if samples.task == "regression" else float(right) / len(seen))
@@ -256,7 +260,7 @@ def train(
                 _call(call, run)
             whole_steps.deliver()
             reason = ending.reason(
-                run.epoch, run.stop, norms and norms.whole, after and after.cost, late, max(lrs[: i + 1]) > 0
+                run.epoch, run.stop, norms and norms.whole, after and after.cost, late, max(lrs[:done]) > 0
             )
             history.stopped = reason or None
             if history.stopped:

@@ -73,3 +73,6 @@ struct f_softmax {  // acts on whole rows: see rows.cuh
 #ifdef OWN_ACTIVATION
 OWN_ACTIVATION
 #endif
+#ifdef OWN_BELOW
+OWN_BELOW
+#endif

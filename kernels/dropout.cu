@@ -2,9 +2,9 @@
 //
 // F = f(Z[l]), mask, A: n numbers, rows after each other. Word e mod 4 of Philox4x32-10 (Salmon et al., 2011) with
 // counter (e div 4, layer, step) under `seed` decides on element e: it is kept where the word is `threshold` or more.
-// The same mask as backprop_gpu/dropout.py draws. Bytes moved: 3 x 4 n (float). A thread does four elements.
+// The same mask as backprop_gpu/dropout.py draws. With a `state` (step.cuh) the step is the one it says. Bytes moved: 3 x 4 n (float). A thread does four elements.
 // H100: 1.9 us at 128 x 512 (plain CuPy lines 157), 76.4 us at 8192 x 2048 (3099), 1.08 of a large copy's bandwidth.
-#include "common.cuh"
+#include "step.cuh"
 
 struct Words { unsigned w[4]; };
 
@@ -21,7 +21,8 @@ __device__ Words philox(Words c, unsigned k0, unsigned k1) {
 
 extern "C" __global__ void drop(const real* __restrict__ F, real* __restrict__ mask, real* __restrict__ A, long long n,
                                 unsigned threshold, real scale, unsigned layer, unsigned long long step,
-                                unsigned long long seed) {
+                                unsigned long long seed, unsigned long long* state, int ahead) {
+    if (state) step = Step(state, ahead).t();
     const bool wide = aligned<WIDE>(F) && aligned<WIDE>(mask) && aligned<WIDE>(A);
     const long long stride = (long long)gridDim.x * blockDim.x;
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i * 4 < n; i += stride) {

@@ -2,42 +2,12 @@
 //
 // out (chunks, 2) of double: for each chunk of rows, sum of w_i C_i (w null: of C_i), and the count. Scores (m, K) are
 // Z[L], or A[L] where g is not increasing; targets are labels (m,) or rows T (m, K), the other one null; C, w (m,).
-//     LABELS     right where the first largest score is at the label, or at the first largest t_k
-//     ONES       right where z_k > 0 agrees with t_k > 1/2 for all k
-//     NOTHING    never
 // A block of 256 threads a chunk; a thread a row, or a warp a row where rows are longer than NARROW. Bytes moved: 4 m K
 // (float). `add_pairs` adds the chunks in order.
 // H100: 3.1 us at 128 x 10 (plain CuPy lines 10.8), 5.2 us at 8192 x 10 (12.2): bound by launches.
-#include "common.cuh"
+#include "right.cuh"
 
 constexpr int NARROW = 64;  // as in cuda_ops.py, which chooses the chunks
-
-enum Task { NOTHING, LABELS, ONES };
-
-struct Best {  // a score and where it stands
-    real score;
-    int at;
-};
-__device__ Best better(Best a, Best b) {  // a NaN beats every number; of equals the first
-    const bool ties = a.score == b.score || (a.score != a.score && b.score != b.score);
-    if (ties) return a.at < b.at ? a : b;
-    return a.score > b.score || a.score != a.score ? a : b;
-}
-
-// Of a row that LANES neighbours share, in all of them.
-template <int LANES> __device__ int first_largest(const real* row, int K) {
-    Best best = {-infinity(), K};
-    for (int k = threadIdx.x % LANES; k < K; k += LANES) best = better(best, {row[k], k});
-#pragma unroll
-    for (int lane = LANES / 2; lane > 0; lane /= 2)
-        best = better(best, {__shfl_xor_sync(ALL, best.score, lane), __shfl_xor_sync(ALL, best.at, lane)});
-    return best.at;
-}
-template <int LANES> __device__ bool same_ones(const real* row, const real* t, int K) {
-    bool agree = true;
-    for (int k = threadIdx.x % LANES; k < K; k += LANES) agree &= (row[k] > 0) == (t[k] > real(0.5));
-    return LANES == 1 ? agree : __all_sync(ALL, agree);
-}
 
 // How many of the rows first .. last - 1 are right: this thread's share of the count.
 template <int LANES>

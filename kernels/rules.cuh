@@ -101,3 +101,26 @@ struct rule_lion {  // s[0]: m
         return keep * theta - step;
     }
 };
+
+// The step of a rule on the i-th N elements of theta and of the slots, of which some may be null.
+template <class Rule, int N>
+__device__ __forceinline__ void take(const Rule& rule, real* theta, const Pack<real, N>& g, real* s0, real* s1, real* s2,
+                                     long long i) {
+    auto x = load<N>(theta, i);
+    real* const slot[3] = {s0, s1, s2};
+    Pack<real, N> s[3] = {};
+#pragma unroll
+    for (int k = 0; k < 3; ++k)
+        if (slot[k]) s[k] = load<N>(slot[k], i);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+        real mine[3] = {s[0].v[j], s[1].v[j], s[2].v[j]};
+        x.v[j] = rule(x.v[j], g.v[j], mine);
+#pragma unroll
+        for (int k = 0; k < 3; ++k) s[k].v[j] = mine[k];
+    }
+    store<N>(theta, i, x);
+#pragma unroll
+    for (int k = 0; k < 3; ++k)
+        if (slot[k]) store<N>(slot[k], i, s[k]);
+}

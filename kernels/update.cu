@@ -3,11 +3,14 @@
 // `survey` looks before the step is taken: the squared norm of the gradient, and whether an element's outcome would be
 // infinite or NaN. `update` then takes the step everywhere or nowhere. theta, g and the rule's slots hold n numbers
 // each; slots that a rule does without are null. `row` is the step's row of numbers in device memory: t, lr, weight
-// decay, then what the rule reads (rules.cuh); nothing of it comes from the host during an epoch. Bytes moved by Adam:
+// decay, then what the rule reads (rules.cuh); nothing of it comes from the host during an epoch. With a `state`
+// (step.cuh) `row` is the first of the epoch's rows, of `row_size` numbers, and `measured` the first of its pairs; the
+// state's note of a step that is not usual takes the place of `diverged`. Bytes moved by Adam:
 // 4 n to survey (8 n with weight decay), 7 x 4 n to update (float).
 // H100, Adam: 9.2 us for 784-512-512-10 (plain CuPy lines 50.7), 0.96 of a large copy's bandwidth; 75.5 us for
 // 784-2048-2048-10 (348), 1.02 of it.
 #include "rules.cuh"
+#include "step.cuh"
 
 // A step is about lr, or lr |g|: only greater ones are computed to see where they lead, element by element (NumPy's
 // HUGE_STEP is held against the norms, so it looks more often).
@@ -22,12 +25,14 @@ __device__ __forceinline__ bool all_aligned(const real* theta, const real* g, co
 // or the run has already.
 extern "C" __global__ void survey(const real* __restrict__ theta, const real* __restrict__ g,
                                   const real* __restrict__ s0, const real* __restrict__ s1, const real* __restrict__ s2,
-                                  const double* __restrict__ row, const long long* __restrict__ diverged,
-                                  double* __restrict__ norm2, int* __restrict__ stop, long long n) {
+                                  const double* __restrict__ row, int row_size, unsigned long long* state, int ahead,
+                                  const long long* __restrict__ diverged, double* __restrict__ norm2,
+                                  int* __restrict__ stop, long long n) {
+    if (state) row += Step(state, ahead).number * row_size;
     const RULE rule(row + 3);
     const double lr = row[1], decay = row[2], step = lr > 1 ? lr : 1;
     double sum = 0;
-    int bad = diverged[0] != 0;
+    int bad = state ? !Step(state, ahead).usual() : diverged[0] != 0;
     over(n, all_aligned(theta, g, s0, s1, s2), [&](long long i, auto pack) {
         constexpr int N = sizeof(pack) / sizeof(real);
         const auto gradient = load<N>(g, i);
@@ -54,34 +59,17 @@ extern "C" __global__ void survey(const real* __restrict__ theta, const real* __
     }
 }
 
-template <int N>
-__device__ __forceinline__ void take(const RULE& rule, real* theta, const real* g, real* s0, real* s1, real* s2, long long i) {
-    auto x = load<N>(theta, i);
-    const auto gradient = load<N>(g, i);
-    real* const slot[3] = {s0, s1, s2};
-    Pack<real, N> s[3] = {};
-#pragma unroll
-    for (int k = 0; k < 3; ++k)
-        if (slot[k]) s[k] = load<N>(slot[k], i);
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-        real mine[3] = {s[0].v[j], s[1].v[j], s[2].v[j]};
-        x.v[j] = rule(x.v[j], gradient.v[j], mine);
-#pragma unroll
-        for (int k = 0; k < 3; ++k) s[k].v[j] = mine[k];
-    }
-    store<N>(theta, i, x);
-#pragma unroll
-    for (int k = 0; k < 3; ++k)
-        if (slot[k]) store<N>(slot[k], i, s[k]);
-}
-
 // Takes the step, unless the cost or the norm is not finite, or a block of `survey` says stop: then `diverged` is t, if
 // it was 0. Every block adds up the `blocks` parts of `survey` itself, all in the same order.
 extern "C" __global__ void update(real* __restrict__ theta, const real* __restrict__ g, real* __restrict__ s0,
                                   real* __restrict__ s1, real* __restrict__ s2, const double* __restrict__ row,
+                                  int row_size, unsigned long long* state, int ahead,
                                   const double* __restrict__ measured, const double* __restrict__ norm2,
                                   const int* __restrict__ stop, int blocks, long long* __restrict__ diverged, long long n) {
+    if (state) {
+        row += Step(state, ahead).number * row_size;
+        measured += Step(state, ahead).number * 2;
+    }
     double sum = 0;
     int bad = 0;
     for (int i = threadIdx.x; i < blocks; i += blockDim.x) {
@@ -90,11 +78,17 @@ extern "C" __global__ void update(real* __restrict__ theta, const real* __restri
     }
     sum = join_row(sum, Sum(), 0.0);
     if (__syncthreads_or(bad) || !is_finite(real(sum)) || !(fabs(measured[0]) < double(infinity()))) {
-        if (blockIdx.x == 0 && threadIdx.x == 0 && diverged[0] == 0) diverged[0] = (long long)row[0];
+        if (blockIdx.x == 0 && threadIdx.x == 0) {
+            if (state)
+                Step(state, ahead).check(false);
+            else if (diverged[0] == 0)
+                diverged[0] = (long long)row[0];
+        }
         return;
     }
     const RULE rule(row + 3);
     over(n, all_aligned(theta, g, s0, s1, s2), [&](long long i, auto pack) {
-        take<sizeof(pack) / sizeof(real)>(rule, theta, g, s0, s1, s2, i);
+        constexpr int N = sizeof(pack) / sizeof(real);
+        take(rule, theta, load<N>(g, i), s0, s1, s2, i);
     });
 }

@@ -4,11 +4,23 @@ Device arrays refuse to mix with NumPy arrays or to turn into them by accident, 
 every allocation and every launch is counted. `RawModule` and `RawKernel` compile the very text that they are given and
 run it on the CPU (see cuda_on_cpu). What it proves is that the CuPy backend's own Python and its kernels are sound:
 names, arguments, dtypes, grids, where each array lives. Where there is a GPU, the same tests run on it too.
+
+Streams are queues. What has no reason to be done yet is done as late as CUDA may do it (Mode.late says which work), so
+that a stream that waits for too little computes with wrong numbers. A capture records kernels and operations on arrays:
+scalars as they are then, arrays by the place of their memory. Left out: concurrency within a graph (nodes run in the
+order in which they were issued), pinned memory that is freed and used again, more than one device. Stricter than CUDA:
+no copy between pageable memory and the device, and no compilation, while a stream captures.
 """
 
+import collections
 import contextlib
+import ctypes
+import functools
+import itertools
 import sys
+import threading
 import types
+import weakref
 from typing import ClassVar
 
 import kernels_on_cpu
@@ -23,15 +35,529 @@ class Counts:
     to_device = 0
     to_host = 0
     allocations = 0
-    launches = 0
-    kernels: ClassVar = set()  # the names of those launched
+    launches = 0  # of kernels, one by one: neither captured nor from a graph
+    kernels: ClassVar = set()  # the names of those run
+    graph_launches = 0
+    graph_nodes = 0  # of the graph captured last
+    synchronisations = 0  # of the host with a stream, an event or the device
 
 
 class Mode:
-    """How kernels run: looked at access by access, in an order drawn from a seed (0: in order)."""
+    """How kernels run: looked at access by access, in an order drawn from a seed (0: in order); what is late or fails.
+
+    late: "copies" land, or "kernels" (all work but copies) run, when something that waits for them needs them; None:
+    all work at once. fail_capture: "begin", "end", "instantiate" or "launch" fails. freed: a graph notices that memory
+    which it uses was freed, instead of keeping it.
+    """
 
     check = False
     seed = 0
+    late = "copies"
+    fail_capture = None
+    freed = True
+
+
+# ------------------------------------------------------------------------------------------ streams
+
+
+class CUDARuntimeError(RuntimeError):
+    """CuPy's, with its words."""
+
+    WORDS: ClassVar = {
+        1: "cudaErrorInvalidValue: invalid argument",
+        2: "cudaErrorMemoryAllocation: out of memory",
+        401: "cudaErrorIllegalState: the operation cannot be performed in the present state",
+        801: "cudaErrorNotSupported: operation not supported",
+        900: "cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing",
+        901: "cudaErrorStreamCaptureInvalidated: operation failed due to a previous error during capture",
+        902: "cudaErrorStreamCaptureMerge: operation would result in a merge of separate capture sequences",
+        903: "cudaErrorStreamCaptureUnmatched: capture was not ended in the same stream as it began",
+        904: "cudaErrorStreamCaptureUnjoined: capturing stream has unjoined work",
+        905: "cudaErrorStreamCaptureIsolation: dependency created on uncaptured work in another stream",
+        906: "cudaErrorStreamCaptureImplicit: operation would make the legacy stream depend on a capturing blocking "
+        "stream",
+        907: "cudaErrorCapturedEvent: operation not permitted on an event last recorded in a capturing stream",
+    }
+
+    def __init__(self, status):
+        self.status = status
+        super().__init__(self.WORDS[status])
+
+
+_lock = threading.RLock()
+_busy = set()  # lines with work left
+_captures = set()  # those under way
+_thread = threading.local()  # current: the stream; stack: those to come back to; allocator
+
+
+class _Line:
+    """The work of one stream, in order."""
+
+    def __init__(self, blocking=True):
+        self.blocking = blocking  # waits for the null stream, and it for this one
+        self.queue, self.issued, self.finished = collections.deque(), 0, 0
+        self.capture = None
+
+    def submit(self, run, late="kernels"):
+        """Do it, or leave it for later; what is called while the line captures is run only by the graph."""
+        with _lock:
+            self.look()
+            if self.capture:
+                self.capture.add(self, run)
+                return
+            self.follow()
+            self.push(run)
+            if late != Mode.late:
+                self.drain()
+
+    def push(self, run):
+        self.queue.append(run)
+        self.issued += 1
+        _busy.add(self)
+
+    def look(self):
+        """Raises where CUDA does, before anything is issued."""
+        if self.capture and self.capture.invalid:
+            raise CUDARuntimeError(901)
+        if self is _null and (spoilt := [c for c in _captures if c.origin.blocking]):
+            for capture in spoilt:
+                capture.invalid = True
+            raise CUDARuntimeError(906)
+
+    def forbid(self, status=900):
+        """Nothing that waits for the device or crosses the bus while the line captures: it ends the capture."""
+        self.look()
+        if self.capture:
+            self.capture.invalid = True
+            raise CUDARuntimeError(status)
+
+    def follow(self):
+        """The order between the null stream and those that are not non-blocking."""
+        for other in list(_busy):
+            if other is not self and other.blocking and self.blocking and _null in (self, other):
+                self.push(functools.partial(other.drain, other.issued))
+
+    def drain(self, until=None):
+        with _lock:
+            until = self.issued if until is None else until
+            while self.finished < until:
+                run = self.queue.popleft()
+                self.finished += 1
+                if not self.queue:
+                    _busy.discard(self)
+                run()
+
+    def wait(self):
+        """The host waits for all of it."""
+        with _lock:
+            Counts.synchronisations += 1
+            self.forbid()
+            self.follow()
+            self.drain()
+
+    def asked(self, ticket):
+        """Whether the work up to that ticket is done; meanwhile time goes by, and a piece of it is done."""
+        with _lock:
+            done = self.finished >= ticket
+            if not done:
+                self.drain(self.finished + 1)
+            return done
+
+
+_null = _Line()
+
+
+class _Capture:
+    def __init__(self, origin):
+        self.origin, self.nodes, self.invalid = origin, [], False
+        self.lines = {origin: 0}  # and the nodes of each
+        self.unjoined = set()
+
+    def add(self, line, run):
+        self.nodes.append(run)
+        self.lines[line] += 1
+        if line is not self.origin:
+            self.unjoined.add(line)
+
+    def join(self, line):
+        line.capture = self
+        self.lines[line] = 0
+        self.unjoined.add(line)
+
+
+class FreedMemoryError(AssertionError):
+    """A graph used memory that nobody holds any more; on a GPU it belongs to somebody else by now."""
+
+
+class _Place:
+    """Where a captured array lies: its memory is read and written at each launch, and not kept."""
+
+    def __init__(self, a):
+        owner = a
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        self.owner = weakref.ref(owner) if Mode.freed else lambda: owner
+        self.interface = a.__array_interface__
+
+    def array(self):
+        if (owner := self.owner()) is None:
+            raise FreedMemoryError(f"a graph uses an array of {self.interface['shape']} whose memory has been freed")
+        return np.asarray(types.SimpleNamespace(__array_interface__=self.interface, owner=owner))
+
+
+def _placed(x):
+    """Arguments as a capture keeps them."""
+    if isinstance(x, ndarray):
+        return _Place(x._a)
+    if isinstance(x, (tuple, list)):
+        return type(x)(map(_placed, x))
+    return _unwrap(x)
+
+
+def _found(x):
+    """Those arguments at a launch."""
+    if isinstance(x, (tuple, list)):
+        return type(x)(map(_found, x))
+    return x.array() if isinstance(x, _Place) else x
+
+
+class Event:
+    def __init__(self, block=False, disable_timing=False, interprocess=False):
+        if interprocess and not disable_timing:
+            raise ValueError("Timing must be disabled for interprocess events")
+        self.ptr = next(_handles)
+        self._line, self._ticket, self._capture = None, 0, None
+
+    def record(self, stream=None):
+        line = (stream or get_current_stream())._line
+        with _lock:
+            line.look()
+            self._line, self._capture = line, line.capture
+            if line.capture:
+                self._ticket = line.capture.lines[line]
+            else:
+                line.follow()
+                self._ticket = line.issued
+
+    @property
+    def done(self):
+        if self._line is None:
+            return True
+        return self._capture is None and self._line.asked(self._ticket)
+
+    def synchronize(self):
+        Counts.synchronisations += 1
+        if self._capture:
+            self._capture.invalid = True
+            raise CUDARuntimeError(907)
+        if self._line:
+            self._line.drain(self._ticket)
+
+
+_handles = itertools.count(0x5000, 16)
+_lines = weakref.WeakValueDictionary()  # by the handles of their streams
+
+
+class Stream:
+    null = None
+
+    def __init__(self, null=False, non_blocking=False, ptds=False, priority=None):
+        assert not ptds, "not in the stand-in"
+        self.ptr = 0 if null else next(_handles)
+        self.device_id = -1 if null else 0
+        self.is_non_blocking = bool(non_blocking and not null)
+        self._line = _null if null else _Line(blocking=not non_blocking)
+        _lines[self.ptr] = self._line
+
+    def __eq__(self, other):
+        return isinstance(other, Stream) and self.ptr == other.ptr
+
+    def __hash__(self):
+        return self.ptr
+
+    def __repr__(self):
+        return f"<Stream {self.ptr} (device {self.device_id})>"
+
+    def __enter__(self):
+        _stack().append(self)
+        return self.use()
+
+    def __exit__(self, *args):
+        _stack().pop()
+        _stack()[-1].use()
+
+    def use(self):
+        _thread.current = self
+        return self
+
+    @property
+    def done(self):
+        """As CuPy: an error is no exception but "not done", and ends a capture all the same."""
+        if self._line.capture:
+            self._line.capture.invalid = True
+            return False
+        self._line.follow()
+        return self._line.asked(self._line.issued)
+
+    def synchronize(self):
+        self._line.wait()
+
+    def record(self, event=None):
+        event = Event() if event is None else event
+        event.record(self)
+        return event
+
+    def wait_event(self, event):
+        line, theirs = self._line, event._capture
+        with _lock:
+            line.look()
+            if event._line is None:
+                return
+            if theirs is None:
+                line.forbid(905)
+                line.push(functools.partial(event._line.drain, event._ticket))
+            elif theirs not in _captures:
+                raise CUDARuntimeError(907)
+            elif line is _null:
+                theirs.invalid = True
+                raise CUDARuntimeError(906)
+            elif line.capture is None:
+                theirs.join(line)
+            elif line.capture is not theirs:
+                line.forbid(902)
+            if theirs and line is not event._line and theirs.lines[event._line] == event._ticket:
+                theirs.unjoined.discard(event._line)
+
+    def begin_capture(self, mode=None):
+        if self.ptr == 0:
+            raise RuntimeError("cannot capture on the default (legacy) stream")
+        with _lock:
+            if Mode.fail_capture == "begin":
+                raise CUDARuntimeError(801)
+            if mode not in (None, 0, 1, 2):
+                raise CUDARuntimeError(1)
+            if self._line.capture:
+                raise CUDARuntimeError(401)
+            self._line.capture = _Capture(self._line)
+            _captures.add(self._line.capture)
+
+    def end_capture(self):
+        with _lock:
+            capture = self._line.capture
+            if capture is None:
+                raise CUDARuntimeError(401)
+            if capture.origin is not self._line:
+                capture.invalid = True
+                raise CUDARuntimeError(903)
+            for line in capture.lines:
+                line.capture = None
+            _captures.discard(capture)
+            if capture.invalid or Mode.fail_capture == "end":
+                raise CUDARuntimeError(901)
+            if capture.unjoined:
+                raise CUDARuntimeError(904)
+            if Mode.fail_capture == "instantiate":
+                raise CUDARuntimeError(2)
+            return Graph._of(capture.nodes)
+
+    def is_capturing(self):
+        with _lock:
+            if self._line.capture and self._line.capture.invalid:
+                raise RuntimeError("the stream was capturing, but an error has invalidated the capture sequence")
+            self._line.look()
+            return self._line.capture is not None
+
+
+Stream.null = Stream(null=True)
+
+
+def issue(handle, run):
+    """What a library other than CuPy does in the stream of that handle, for a stand-in of it: captured as well."""
+    _lines[handle].submit(run)
+
+
+def _stack():
+    return _thread.__dict__.setdefault("stack", [Stream.null])
+
+
+def get_current_stream(device_id=-1):
+    return getattr(_thread, "current", Stream.null)
+
+
+class Graph:
+    def __init__(self, *args, **kwargs):
+        raise NotImplementedError(
+            "currently this class cannot be initiated by the user and must be created via stream capture"
+        )
+
+    @classmethod
+    def _of(cls, nodes):
+        graph = cls.__new__(cls)
+        graph._nodes = nodes
+        Counts.graph_nodes = len(nodes)
+        return graph
+
+    def launch(self, stream=None):
+        if Mode.fail_capture == "launch":
+            raise CUDARuntimeError(2)
+        Counts.graph_launches += 1
+        (stream or get_current_stream())._line.submit(self._run)
+
+    def upload(self, stream=None):
+        (stream or get_current_stream())._line.forbid()
+
+    def _run(self):
+        for node in self._nodes:
+            node()
+
+
+class Device:
+    """The only one, whatever its number."""
+
+    def __init__(self, device=None):
+        self.id = 0 if device is None else int(device)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
+
+    def use(self):
+        return self
+
+    def synchronize(self):
+        with _lock:
+            Counts.synchronisations += 1
+            for capture in _captures:
+                capture.invalid = True
+            if _captures:
+                raise CUDARuntimeError(900)
+            while _busy:
+                next(iter(_busy)).drain()
+
+
+def _reset():
+    """As if the process had just begun, for this thread."""
+    with _lock:
+        for line in [*_busy, _null, *(line for capture in _captures for line in capture.lines)]:
+            line.queue.clear()
+            line.finished, line.capture = line.issued, None
+        _busy.clear()
+        _captures.clear()
+        _thread.__dict__.clear()
+        Mode.late, Mode.fail_capture, Mode.freed = "copies", None, True
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+def _allocated(n_bytes):
+    Counts.allocations += 1
+    if (allocator := getattr(_thread, "allocator", None)) is not None:
+        allocator(n_bytes)
+
+
+@contextlib.contextmanager
+def using_allocator(allocator=None):
+    """`allocator` is called with each number of bytes, and may raise; what it gives is left unused."""
+    before = getattr(_thread, "allocator", None)
+    _thread.allocator = allocator
+    try:
+        yield
+    finally:
+        _thread.allocator = before
+
+
+def _filled(shape, dtype, order="C"):
+    """Memory full of NaNs, or -1, so that what nobody wrote is seen."""
+    a = np.empty(shape, dtype, order)
+    a.reshape(-1, order="A").view(np.uint8).fill(0xFF)
+    return a
+
+
+_pinned = weakref.WeakValueDictionary()  # by their addresses
+
+
+class PinnedMemoryPointer(bytearray):
+    """More than was asked for, as from CuPy's pool: say how many elements of it are meant."""
+
+    __hash__ = None
+
+    def __init__(self, n_bytes):
+        super().__init__(b"\xff" * max(512, -(-n_bytes // 512) * 512))
+        self.ptr = np.frombuffer(self, np.uint8).ctypes.data
+        _pinned[self.ptr] = self
+
+    def size(self):
+        return len(self)
+
+
+def alloc_pinned_memory(size):
+    return PinnedMemoryPointer(size)
+
+
+class _HostPlace:
+    """A place in host memory: pinned, which is read or written when the copy happens, or else a snapshot."""
+
+    def __init__(self, mem, size):
+        self.ptr = mem if isinstance(mem, int) else mem.value
+        self.pinned = next((p for at, p in list(_pinned.items()) if at <= self.ptr < at + len(p)), None)
+        assert self.pinned is None or self.ptr + size <= self.pinned.ptr + len(self.pinned), "past the pinned memory"
+        self.owner = self.pinned
+        if self.pinned is None:
+            self.owner = ctypes.create_string_buffer(ctypes.string_at(self.ptr, size), size)
+            self.ptr = ctypes.addressof(self.owner)
+
+
+class MemoryPointer:
+    """Where an array's memory begins."""
+
+    def __init__(self, array):
+        assert array._a.flags.c_contiguous or array._a.flags.f_contiguous
+        self._array = array
+        self.ptr = array._a.ctypes.data
+
+    def _copy(self, size, stream, host, home):
+        assert size <= self._array._a.nbytes, "past the array"
+        line = (stream or get_current_stream())._line
+        if home:
+            Counts.to_host += 1
+        else:
+            Counts.to_device += 1
+            self._array.fresh = False
+        if host.pinned is None:
+            line.forbid()
+        if line.capture:
+            place, mem, ptr = _Place(self._array._a), weakref.ref(host.pinned), host.ptr
+
+            def run():
+                if mem() is None:
+                    raise FreedMemoryError("a graph copies from or to pinned memory that has been freed")
+                _move(place.array(), ptr, size, home)
+
+        else:
+            a = self._array._a
+
+            def run():
+                _move(a, host.ptr, size, home)  # which keeps both
+
+        line.submit(run, "copies")
+
+    def copy_from_host_async(self, mem, size, stream=None):
+        self._copy(size, stream, _HostPlace(mem, size), home=False)
+
+    def copy_to_host_async(self, mem, size, stream=None):
+        host = _HostPlace(mem, size)
+        assert host.pinned is not None, "CuPy asks for pinned memory here"
+        self._copy(size, stream, host, home=True)
+
+
+def _move(a, ptr, size, home):
+    ctypes.memmove(*((ptr, a.ctypes.data) if home else (a.ctypes.data, ptr)), size)
+
+
+# ------------------------------------------------------------------------------------------ arrays
 
 
 def _unwrap(x):
@@ -46,20 +572,86 @@ def _unwrap(x):
 
 def _wrap(x):
     if isinstance(x, (np.ndarray, np.generic)):  # reductions give 0-d device arrays
-        Counts.allocations += getattr(x, "base", None) is None
+        if getattr(x, "base", None) is None:
+            _allocated(x.nbytes)
         return ndarray(np.asarray(x))
     return x
 
 
-def _lift(f):
-    def lifted(*args, **kwargs):
-        out = kwargs.get("out")
-        if out is not None:
-            out.fresh = False
-        result = f(*map(_unwrap, args), **{k: _unwrap(v) for k, v in kwargs.items()})
-        return out if out is not None else _wrap(result)
+_VIEWS = {"__getitem__", "reshape", "view", "ravel", "transpose", "swapaxes", "squeeze", "expand_dims", "broadcast_to"}
+_WRITERS = {"__setitem__", "fill", "sort", "put", "partition", "copyto", "place", "putmask", "fill_diagonal"}
+_WRITERS |= {f"__{name}__" for name in "iadd isub imul itruediv".split()}
+_CUBLAS = {"matmul", "__matmul__", "dot", "vdot", "inner", "tensordot", "einsum"}
+_TO_HOST = {"item", "tolist", "tobytes"}
 
-    return lifted
+
+def _lift(f, name):
+    return functools.partial(_operate, f, name)
+
+
+def _operate(f, name, *args, **kwargs):
+    """A function of NumPy, on device arrays, in the current stream: done in its order, or captured."""
+    stream = get_current_stream()
+    line = stream._line
+    out = args[f.nin] if isinstance(f, np.ufunc) and len(args) > f.nin else kwargs.get("out")
+    given = [x for x in (*args, *kwargs.values()) if isinstance(x, ndarray)]
+    if line.capture and name in _CUBLAS and any(x._a.dtype.kind in "fc" for x in given) and stream.is_capturing():
+        raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
+    if given and name in _TO_HOST:
+        _bring_home()
+    if name == "array" and not given:
+        line.forbid()
+    now = functools.partial(f, *map(_unwrap, args), **{k: _unwrap(v) for k, v in kwargs.items()})
+    placed = (_placed(args), [*kwargs], _placed([*kwargs.values()])) if line.capture else None
+
+    def later():
+        return f(*_found(placed[0]), **dict(zip(placed[1], _found(placed[2]), strict=True)))
+
+    if out is not None or name in _WRITERS:
+        (args[0] if out is None else out).fresh = False
+        line.submit(later if placed else now)
+        return out
+    if name in _VIEWS:
+        result = now()
+        if _is_view(result, given):
+            return _wrap(result)
+    if not placed:
+        with _lock:
+            line.look()
+            line.follow()
+            line.drain()
+        return _wrap(now())
+    line.look()
+    with np.errstate(all="ignore"):
+        result = now()  # for its shape: what it holds is not there before the graph is launched
+    if not isinstance(result, (np.ndarray, np.generic)):
+        assert isinstance(result, (int, np.dtype)), f"{name} is not captured"
+        return result
+    if name == "__getitem__" and any(_is_mask(i) for i in (args[1] if isinstance(args[1], tuple) else args[1:])):
+        line.forbid()  # CuPy counts what is chosen
+    if _is_view(result, given):
+        return _wrap(result)
+    _allocated(result.nbytes)
+    result = _filled(result.shape, result.dtype)
+    place = _Place(result)
+    line.submit(lambda: np.copyto(place.array(), later()))
+    return ndarray(result)
+
+
+def _is_view(result, arrays):
+    if not isinstance(result, np.ndarray) or result.base is None:
+        return False
+    return result.size == 0 or any(np.may_share_memory(result, x._a) for x in arrays)
+
+
+def _is_mask(i):
+    return isinstance(i, ndarray) and i._a.dtype == bool
+
+
+def _bring_home():
+    """A copy to the host, for which it waits."""
+    Counts.to_host += 1
+    get_current_stream().synchronize()
 
 
 class ndarray:  # noqa: N801 - CuPy's name
@@ -74,37 +666,62 @@ class ndarray:  # noqa: N801 - CuPy's name
     def __array__(self, *args, **kwargs):
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
 
-    def get(self):
+    def get(self, stream=None, order="C", out=None, blocking=True):
+        """Without `blocking` the values are there after the stream has been waited for, and not before."""
+        stream = get_current_stream() if stream is None else stream
         Counts.to_host += 1
-        return self._a.copy()
+        stream._line.forbid()
+        result = _filled(self._a.shape, self._a.dtype, "C" if order == "A" else order) if out is None else out
+        stream._line.submit(functools.partial(np.copyto, result, self._a), "copies")
+        if blocking:
+            stream.synchronize()
+        return result
+
+    def set(self, arr, stream=None):
+        """From pinned memory as it is when the copy happens, from other memory as it is now."""
+        if not isinstance(arr, np.ndarray):
+            raise TypeError("Only numpy.ndarray can be set to cupy.ndarray")
+        if self._a.dtype != arr.dtype:
+            raise TypeError(f"{arr.dtype} array cannot be set to {self._a.dtype} array")
+        if self._a.shape != arr.shape:
+            raise ValueError(f"Shape mismatch. Old shape: {self._a.shape}, new shape: {arr.shape}")
+        if not self._a.flags.c_contiguous:
+            raise RuntimeError("Cannot set to non-contiguous array")
+        arr = np.ascontiguousarray(arr)
+        self.data.copy_from_host_async(arr.ctypes.data, arr.nbytes, stream)
+
+    @property
+    def data(self):
+        return MemoryPointer(self)
 
     def __float__(self):
-        Counts.to_host += 1
+        _bring_home()
         return float(self._a)
 
     def __int__(self):
-        Counts.to_host += 1
+        _bring_home()
         return int(self._a)
 
     def __bool__(self):
-        Counts.to_host += 1
+        _bring_home()
         return bool(self._a)
 
     def __len__(self):
         return len(self._a)
 
     def __getitem__(self, i):
-        return ndarray(np.asarray(self._a[_unwrap(i)]))
+        return _operate(_item, "__getitem__", self, i)
 
     def __setitem__(self, i, v):
-        self._a[_unwrap(i)] = _unwrap(v)
-        self.fresh = False
+        _operate(np.ndarray.__setitem__, "__setitem__", self, i, v)
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
         value = getattr(self._a, name)
-        return _lift(value) if callable(value) else _wrap(value)
+        if not callable(value):
+            return _wrap(value)
+        return functools.partial(_operate, getattr(np.ndarray, name), name, self)
 
     def __repr__(self):
         return f"fake {self._a!r}"
@@ -112,23 +729,32 @@ class ndarray:  # noqa: N801 - CuPy's name
 
 ndarray.__module__ = "cupy"
 
+
+def _item(a, i):
+    """A view wherever CuPy gives one, also of a single element."""
+    x = a[i]
+    return a[(*i, ...) if isinstance(i, tuple) else (i, ...)] if isinstance(x, np.generic) else x
+
+
+def _operator(self, name, *others):
+    return _operate(getattr(np.ndarray, name), name, self, *others)
+
+
 _OPERATORS = "add sub mul truediv pow matmul neg abs lt le gt ge eq ne and or xor invert radd rsub rmul rtruediv"
 for _name in _OPERATORS.split():
-    setattr(ndarray, f"__{_name}__", _lift(getattr(np.ndarray, f"__{_name}__")))
+    setattr(ndarray, f"__{_name}__", functools.partialmethod(_operator, f"__{_name}__"))
 
 
-def _in_place(name):
-    f = getattr(np.ndarray, f"__{name}__")
-
-    def method(self, other):
-        f(self._a, _unwrap(other))
-        return self
-
-    return method
+def _in_place(self, name, other):
+    _operate(getattr(np.ndarray, name), name, self, other)
+    return self
 
 
 for _name in "iadd isub imul itruediv".split():
-    setattr(ndarray, f"__{_name}__", _in_place(_name))
+    setattr(ndarray, f"__{_name}__", functools.partialmethod(_in_place, f"__{_name}__"))
+
+
+# ------------------------------------------------------------------------------------------ kernels
 
 
 class _Function:
@@ -138,16 +764,26 @@ class _Function:
         self.code, self.name = code, name
 
     def __call__(self, grid, block, args, *, shared_mem=0):
-        Counts.launches += 1
-        Counts.kernels.add(self.name)
+        """Scalars are taken as they are now, arrays as they are when the kernel runs."""
+        line = get_current_stream()._line
+        line.look()
+        Counts.launches += line.capture is None
         plain = [a if isinstance(a, np.generic) else _unwrap(a) for a in args]
         plain = [a if isinstance(a, (np.generic, np.ndarray)) else np.asarray(a)[()] for a in plain]
-        if Mode.check:
-            fresh = [isinstance(a, ndarray) and a.fresh for a in args]
-            plain = [kernels_on_cpu.unwritten(a) if f else a for a, f in zip(plain, fresh, strict=True)]
+        fresh = [isinstance(a, ndarray) and a.fresh for a in args]
         for a in args:
             if isinstance(a, ndarray):
                 a.fresh = False
+        if line.capture:
+            plain = [_Place(a) if isinstance(a, np.ndarray) else a for a in plain]
+        line.submit(functools.partial(self._run, grid, block, plain, fresh, shared_mem))
+
+    def _run(self, grid, block, arguments, fresh, shared_mem):
+        Counts.kernels.add(self.name)
+        plain = _found(arguments)
+        if Mode.check:
+            plain = [kernels_on_cpu.unwritten(a) if f else a for a, f in zip(plain, fresh, strict=True)]
+        fresh[:] = [False] * len(fresh)  # from the second launch of a graph on
         function = kernels_on_cpu.function(self.code, self.name, Mode.check)
         function(grid, block, plain, shared_mem=shared_mem, seed=Mode.seed)
 
@@ -163,6 +799,7 @@ class RawModule:
 
     def get_function(self, name):
         """Compiles, as CuPy does when the first function is asked for."""
+        assert not _captures, "a kernel is compiled before a capture begins, not in it"
         try:
             kernels_on_cpu.function(self.code, name, Mode.check)
         except kernels_on_cpu.KernelError as e:
@@ -174,19 +811,28 @@ RawKernel = _Function
 
 
 def asarray(a, dtype=None):
+    """What comes from the host lands in the order of the current stream."""
     if isinstance(a, ndarray):
-        return a if dtype is None or a.dtype == dtype else ndarray(a._a.astype(dtype))
+        return a if dtype is None or a.dtype == dtype else a.astype(dtype)
+    line = get_current_stream()._line
+    line.forbid()
     Counts.to_device += 1
-    Counts.allocations += 1
-    return ndarray(np.array(a, dtype))
+    staged = np.array(a, dtype)
+    _allocated(staged.nbytes)
+    order = "F" if staged.flags.f_contiguous and not staged.flags.c_contiguous else "C"
+    result = _filled(staged.shape, staged.dtype, order)
+    line.submit(functools.partial(np.copyto, result, staged), "copies")
+    return ndarray(result)
 
 
 def empty(shape, dtype=float):
-    """Memory full of NaNs, or -1, so that what nobody wrote is seen."""
-    Counts.allocations += 1
-    a = np.empty(shape, dtype)
-    a.reshape(-1).view(np.uint8).fill(0xFF)
+    a = _filled(shape, dtype)
+    _allocated(a.nbytes)
     return ndarray(a, fresh=True)
+
+
+def asnumpy(a, stream=None, order="C", out=None, *, blocking=True):
+    return a.get(stream, order, out, blocking)
 
 
 def empty_like(a):
@@ -198,7 +844,7 @@ class _Module(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         value = getattr(np, name)
-        return _lift(value) if callable(value) and not isinstance(value, type) else value
+        return _lift(value, name) if callable(value) and not isinstance(value, type) else value
 
 
 def module():
@@ -209,11 +855,23 @@ def module():
     cupy.RawKernel = RawKernel
     cupy.RawModule = RawModule
     cupy.asarray, cupy.empty, cupy.empty_like = asarray, empty, empty_like
-    cupy.asnumpy = lambda a: a.get()
+    cupy.asnumpy = asnumpy
     cupy.cuda = types.SimpleNamespace(
-        Device=lambda index=0: contextlib.nullcontext(),
+        Device=Device,
+        Event=Event,
+        Graph=Graph,
+        MemoryPointer=MemoryPointer,
+        PinnedMemoryPointer=PinnedMemoryPointer,
+        Stream=Stream,
+        alloc_pinned_memory=alloc_pinned_memory,
+        get_current_stream=get_current_stream,
+        using_allocator=using_allocator,
         compiler=types.SimpleNamespace(CompileException=CompileException),
         runtime=types.SimpleNamespace(
+            CUDARuntimeError=CUDARuntimeError,
+            streamCaptureModeGlobal=0,
+            streamCaptureModeThreadLocal=1,
+            streamCaptureModeRelaxed=2,
             getDeviceCount=lambda: 1,
             getDevice=lambda: 0,
             driverGetVersion=lambda: 13000,
@@ -228,12 +886,13 @@ _usual = {}  # the stand-in and the operations that were imported with it, for a
 
 
 @contextlib.contextmanager
-def installed(cupy=None, check=False, seed=0):
+def installed(cupy=None, check=False, seed=0, late="copies", fail_capture=None):
     """`cupy` (None: the stand-in) as the machine's CuPy, and nothing remembered of another one."""
     from backprop_gpu import backend
 
     kernels_on_cpu.require()
-    Mode.check, Mode.seed = check, seed
+    _reset()
+    Mode.check, Mode.seed, Mode.late, Mode.fail_capture = check, seed, late, fail_capture
     if cupy is None and not _usual:
         _usual["cupy"] = module()
     mine = _usual if cupy is None else {"cupy": cupy}
@@ -248,6 +907,7 @@ def installed(cupy=None, check=False, seed=0):
         yield mine["cupy"]
     finally:
         Mode.check, Mode.seed = False, 0
+        _reset()
         for name, old in before.items():
             now = sys.modules.pop(name, None)
             if cupy is None and getattr(now, "cp", None) is _usual["cupy"]:

@@ -385,7 +385,7 @@ class _Sites(ast.NodeVisitor):
             self.replace(f, BUILTINS[name])
         if name in ORDERED:
             self.neighbours(node.args[:2])
-        if name == "_launch":  # the arguments behind kernel, grid and block
+        if name == "launch":  # the arguments behind kernel, grid and block
             self.neighbours(node.args[2 if isinstance(node.args[1], ast.Starred) else 3 :])
         if name == "_same_shape":
             for a in node.args[1:]:

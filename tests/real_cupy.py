@@ -326,6 +326,92 @@ def check_stand_in():
         check(f"{what}, alike on the stand-in", outcome[0] == outcome[1], f"{outcome[0]} is real, {outcome[1]} is not")
 
 
+# What the stand-in's streams, graphs and copies offer to the package; its methods take what CuPy's take, or less.
+CLASSES = ("cuda.Device", "cuda.Event", "cuda.Graph", "cuda.MemoryPointer", "cuda.PinnedMemoryPointer", "cuda.Stream")
+FUNCTIONS = (
+    "asarray", "asnumpy", "ndarray.get", "ndarray.set", "cuda.alloc_pinned_memory", "cuda.get_current_stream",
+    "cuda.using_allocator",
+)  # fmt: skip
+
+
+def check_streams():
+    """Streams, events, graphs, pinned memory: names, parameters, defaults, and errors that need no device."""
+    import fake_cupy
+
+    fake = fake_cupy.module()
+
+    def same_parameters(what, mine, dotted):
+        real = signature_of(dotted)
+        if real is None:
+            check(f"somebody tells the parameters of cupy.{dotted}", False)
+            return
+        ours = {n: p for n, p in inspect.signature(mine).parameters.items() if n not in ("self", "cls")}
+        theirs = {n: p for n, p in real.parameters.items() if n not in ("self", "cls")}
+        right = list(ours) == list(theirs)[: len(ours)] and all(
+            (ours[n].default is p.empty) == (theirs[n].default is p.empty) for n, p in ours.items()
+        )
+        check(f"the stand-in's {what} takes what CuPy's takes", right, f"{list(ours)} is not of {list(theirs)}")
+
+    for name in CLASSES:
+        mine, real = getattr(fake.cuda, name.partition(".")[2]), resolve(name)
+        if name in ("cuda.Event", "cuda.Stream", "cuda.Device"):
+            same_parameters(name, mine, name)
+        for method, value in vars(mine).items():
+            if method.startswith("_"):
+                continue
+            check(f"the stand-in's {name}.{method} is real", hasattr(real, method))
+            if inspect.isfunction(value) and hasattr(real, method):
+                same_parameters(f"{name}.{method}", value, f"{name}.{method}")
+    for name in FUNCTIONS:
+        mine = fake
+        for part in name.split("."):
+            mine = getattr(mine, part)
+        same_parameters(name, mine, name)
+
+    null = cupy.cuda.Stream.null
+    check(
+        "Stream.null is one of ptr 0", isinstance(null, cupy.cuda.Stream) and null.ptr == 0 == fake.cuda.Stream.null.ptr
+    )
+    check("Stream(null=True) equals it", cupy.cuda.Stream(null=True) == null)
+    for what, ask in {
+        "capturing on the null stream": lambda cp: cp.cuda.Stream.null.begin_capture(),
+        "Graph()": lambda cp: cp.cuda.Graph(),
+        "an interprocess event with times": lambda cp: cp.cuda.Event(interprocess=True),
+    }.items():
+        told = []
+        for cp in (cupy, fake):
+            try:
+                ask(cp)
+            except Exception as e:
+                told.append((type(e), str(e)))
+        check(f"{what} raises the same on the stand-in", len(told) == 2 and told[0] == told[1], told)
+    runtime = cupy.cuda.runtime
+    for status, words in fake_cupy.CUDARuntimeError.WORDS.items():
+        check(f"CUDA's error {status} is {words.partition(':')[0]}", str(runtime.CUDARuntimeError(status)) == words)
+    for name in ("Global", "Relaxed", "ThreadLocal"):
+        name = f"streamCaptureMode{name}"
+        check(f"{name}, alike on the stand-in", getattr(runtime, name) == getattr(fake.cuda.runtime, name))
+    status = raised(lambda: runtime.streamQuery(0))
+    check("asking whether a stream is done raises nothing, whatever is wrong", status is None, status)
+    shown = documented(cupy.ndarray.get).parameters
+    check("ndarray.get can leave the host waiting for nothing", "blocking" in shown, list(shown))
+    for f in (resolve("cuda.MemoryPointer").copy_from_host_async, resolve("cuda.MemoryPointer").copy_to_host_async):
+        check(f"{f.__name__} asks for pinned memory", "pinned memory" in f.__doc__)
+
+    for cp in (cupy, fake):
+        sizes = []
+
+        def refuse(size, sizes=sizes):
+            sizes.append(size)
+            raise MemoryError
+
+        with cp.cuda.using_allocator(refuse):
+            error = raised(lambda cp=cp: cp.empty((2, 3), dtype=np.float32))
+        check(
+            "an allocator of one's own is asked for bytes, and may refuse", (error, sizes) == (MemoryError, [24]), sizes
+        )
+
+
 # ------------------------------------------------------------------------------------------ without a driver
 
 
@@ -449,6 +535,7 @@ def main():
     check_uses()
     check_written()
     check_stand_in()
+    check_streams()
     check_cache()
     check_two_packages()
     if driver := backend.driver_cuda():

@@ -67,7 +67,7 @@ def executor(backend, rule, precision="float64", layers=(20, 13, 5), m=24, **mor
             net, cost, samples.on(net.backend.asarray), more.pop("reduction", "mean"),
             frozen=more.pop("frozen", 0), regularization=Regularization(**more),
         )  # fmt: skip
-        return Eager(problem, rule, m, seed=7)
+        return Eager(problem, rule, m, seed=7, steps=3)
 
 
 def ten_steps(device, rule, together, rtol, **settings):
@@ -83,7 +83,7 @@ def ten_steps(device, rule, together, rtol, **settings):
             i = step % 3
             if i == 0:
                 for run in (its, mine):
-                    run.begin(order, lrs, step + 1)
+                    run.begin(order, ends, lrs, step + 1)
             if together:
                 for d, h in zip((its.theta, *its.slots), (mine.theta, *mine.slots), strict=True):
                     d[...] = be.asarray(h)

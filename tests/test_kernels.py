@@ -649,7 +649,7 @@ def test_launches_are_guarded(device, dtype):
     with pytest.raises(ValueError, match="shape"):
         ops.gather(M, labels[:3], M)
     with pytest.raises(TypeError, match="takes 3 arguments, not 2"):
-        ops._launch(ops._kernel("share.cu", "share", dtype), (1,), (32,), C, C)
+        ops.launch(ops.kernel_of("share.cu", "share", dtype), (1,), (32,), C, C)
 
 
 def test_the_same_bits_in_any_order(rng):

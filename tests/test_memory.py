@@ -35,7 +35,7 @@ def peak_of_a_step(m, width, hidden="relu", cost="cross_entropy", g="softmax", r
     chosen = COSTS[cost].smoothed(more.pop("label_smoothing", 0.0))
     samples = Samples(X, T, weights, "labels" if labels else net.task)
     problem = Problem(net, chosen, samples, "mean", Regularization(**more), frozen=0)
-    executor = Eager(problem, rule, m, seed=0)
+    executor = Eager(problem, rule, m, seed=0, steps=1)
     measured = np.zeros((4, 2))
     orders = [rng.permutation(2 * m)[:size] for size in (m, m, m // 3, m)]
     with np.errstate(all="ignore"):

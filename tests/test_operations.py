@@ -459,7 +459,7 @@ def test_grids_of_column_sums(backend, dtype, width):
 def test_what_is_launched(backend, monkeypatch):
     """Kernels and grids of the operations: a second launch only where there are several chunks to add up."""
     ops, launched = backend.ops, []
-    monkeypatch.setattr(ops, "_launch", lambda kernel, grid, block, *_: launched.append((kernel.name, grid, block)))
+    monkeypatch.setattr(ops, "launch", lambda kernel, grid, block, *_: launched.append((kernel.name, grid, block)))
     T, chunk, narrow, strip = ops.THREADS, ops.CHUNK, ops.NARROW, (32, 16)
 
     def zeros(*shape):

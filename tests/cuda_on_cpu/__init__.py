@@ -3,10 +3,10 @@
     module = cuda_on_cpu.Module(text, check=True)
     module.function("scale")((1,), (32,), (array, np.float32(2)))
 
-emulator.h is what a text sees, runtime.cpp runs its kernels. Not seen: weak memory order, streams, inline PTX, limits
-of a launch beyond threads and dynamic shared memory, speed, threads that come to one barrier by different calls of the
-function that it is in. Told as errors, though a GPU allows them: memory that atomics and fences alone keep in order,
-or a __syncwarp of a part of a warp.
+emulator.h is what a text sees, arch.h its part for the functions of kernels/arch.cuh; runtime.cpp runs the kernels.
+Not seen: weak memory order, streams, inline PTX, limits of a launch beyond threads and dynamic shared memory, speed,
+threads that come to one barrier by different calls of the function that it is in. Told as errors, though a GPU allows
+them: memory that atomics and fences alone keep in order, or a __syncwarp of a part of a warp.
 """
 
 import ctypes
@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
+HEADERS = ("emulator.h", "arch.h")
 TIME_LIMIT = 60.0  # seconds of CPU time that a launch may take
 MAX_SHARED = 48 * 1024
 
@@ -162,7 +163,7 @@ def _built(stem, key, write, command):
 
 @functools.cache
 def _sources():
-    return {name: (HERE / name).read_text() for name in ("emulator.h", "runtime.cpp", "__init__.py")}
+    return {name: (HERE / name).read_text() for name in (*HEADERS, "runtime.cpp", "__init__.py")}
 
 
 @functools.cache
@@ -249,7 +250,7 @@ class Module:
     def _files(self):
         texts = [_without_comments(text) for text in self.texts]
         files = {f"text_{code}.cu": _with_shared_variables(text) for code, text in enumerate(texts)}
-        return {**files, "unit.cpp": _unit(texts), "emulator.h": _sources()["emulator.h"]}
+        return {**files, "unit.cpp": _unit(texts), **{name: _sources()[name] for name in HEADERS}}
 
     def _kernels(self, code):
         return dict(_KERNEL.findall(_without_comments(self.texts[code])))
@@ -276,7 +277,7 @@ class Module:
                 frames.append([])
             elif match := re.match(r"(?:.*/)?([^/?]+):(\d+)", row):
                 frames[-1].append((match[1], int(match[2])))
-        return [next((f for f in fs if f[0] not in ("emulator.h", "unit.cpp")), None) for fs in frames]
+        return [next((f for f in fs if f[0] not in (*HEADERS, "unit.cpp")), None) for fs in frames]
 
     def _quote(self, file, line):
         """`line 3: x[i] = 0;`, with the line of the text as it was given."""

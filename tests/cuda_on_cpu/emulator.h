@@ -1,6 +1,6 @@
 // What a CUDA text sees when g++ compiles it: CUDA's keywords, vector types, barriers, shuffles, atomics, mathematics.
-// runtime.cpp runs the kernels: every CUDA thread is a fiber that runs until it meets a barrier. No header is included,
-// so that builds are short.
+// runtime.cpp runs the kernels: every CUDA thread is a fiber that runs until it meets a barrier. No header of a library
+// is included, so that builds are short.
 #pragma once
 
 using size_t = decltype(sizeof 0);
@@ -65,6 +65,14 @@ void sync_warp(unsigned mask, Place);
 unsigned ballot(unsigned mask, int predicate, Place);
 void shuffle(unsigned mask, void* value, size_t size, unsigned from_lane, Place);
 void atomic_access(const void*, unsigned size);
+struct Fragments {  // a lane's share of the matrices of d += a b
+    float d[4];
+    unsigned a[4], b[2];
+};
+void multiply_fragments(bool pairs, Fragments*, Place);  // pairs: of bf16, else tf32
+void begin_copy(void* to_shared, const void* from_global, Place);
+void commit_copies();
+void land_copies(int groups_left);
 [[noreturn]] void stop(const char* why, Place);
 
 unsigned new_shared_slot();
@@ -331,4 +339,6 @@ template <class T> inline void __stcs(T* p, T value) { *p = value; }
 inline void __trap(CUDA_ON_CPU_HERE) { cuda_on_cpu::stop("__trap()", at); }
 #define assert(condition) \
     ((condition) ? (void)0 : ::cuda_on_cpu::stop("assertion failed: " #condition, ::cuda_on_cpu::Place::here()))
+
+#include "arch.h"
 #endif

@@ -57,9 +57,15 @@ constexpr unsigned WARP = 32, MASKS = 8;  // MASKS: so many masks may a warp's c
 constexpr size_t PAGE = 4096, STACK = 64 << 10;
 
 enum State { RUNNING, AT_WARP, AT_BLOCK };
+struct Copy {  // an asynchronous one, begun and not yet landed
+    char *to, bytes[16];
+    unsigned group;
+    void* pc;
+};
 struct Fiber : Thread {
-    unsigned index, warp;
+    unsigned index, warp, copy_groups;  // copy_groups: committed so far
     State state;
+    std::vector<Copy> copies;
     Place place;  // of the barrier where it waits
     void* stack_pointer;
     char* stack;
@@ -195,6 +201,7 @@ struct Region {
     bool initialised, read_only;
     unsigned born;  // stamps of blocks before this one are of an earlier use of the memory
     std::vector<Shadow> shadow;
+    std::vector<Stamp> copying;  // of each 16 bytes, the asynchronous copy under way to it; its pc is null if none is
     std::vector<uint32_t> surroundings;  // what they hold; as long as either side can be
 };
 char *arrays, *arrays_end;
@@ -249,6 +256,7 @@ Region* allocate(size_t bytes, unsigned cell, size_t remainder) {
 void release(Region* region) {
     if (region->read_only) mprotect(region->pages, region->size, PROT_READ | PROT_WRITE);
     region->read_only = false;
+    region->copying.clear();
     if (region->size > 16 << 20) {  // large memory is given back
         madvise(region->pages, region->size, MADV_DONTNEED);
         std::vector<Shadow>().swap(region->shadow);
@@ -340,6 +348,8 @@ void prepare(Fiber* fiber) {  // so that the next switch to it enters fiber_main
     *--top = reinterpret_cast<void*>(&fiber_main);
     for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
     fiber->stack_pointer = top;
+    fiber->copies.clear();
+    fiber->copy_groups = 0;
 }
 Fiber* new_fiber() {
     const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
@@ -506,12 +516,13 @@ bool ordered(const Stamp& earlier, const Stamp& now) {
     return earlier.by <= ONE_WARP && earlier.thread / WARP == now.thread / WARP &&
            earlier.warp_epoch < now.warp_epoch;
 }
-[[noreturn]] void tell_race(const char* what, const Stamp& other, const Stamp& now, uintptr_t address) {
+[[noreturn]] void tell_race(const char* what, const Stamp& other, const Stamp& now, uintptr_t address,
+                            const char* missing = "barrier") {
     const unsigned order = other.block - first_serial, id = block_order.empty() ? order : block_order[order];
     const uint3 t = fibers[other.thread]->thread;
     launch->report.other_pc = other.pc;
-    fail_and_leave(now.pc, "race: %s by thread (%u,%u,%u) of block (%u,%u,%u), with no barrier between them: %s", what,
-                   t.x, t.y, t.z, id % grid_size.x, id / grid_size.x % grid_size.y, id / grid_size.x / grid_size.y,
+    fail_and_leave(now.pc, "race: %s by thread (%u,%u,%u) of block (%u,%u,%u), with no %s between them: %s", what, t.x,
+                   t.y, t.z, id % grid_size.x, id / grid_size.x % grid_size.y, id / grid_size.x / grid_size.y, missing,
                    describe(address).text);
 }
 // The stamp of an access together with an earlier one that no barrier keeps apart from it.
@@ -536,6 +547,10 @@ void check_cell(Region* region, Shadow& cell, uintptr_t address, bool write, con
     if (write) cell.write = after_writes ? now : beside(cell.write, now);
     else cell.read = after_reads ? now : beside(cell.read, now);
 }
+Stamp stamp(void* pc, bool atomic) {
+    const Fiber* f = me();
+    return {pc, block.serial, block.epoch, block.warps[f->warp].epoch, uint16_t(f->index), atomic, ONE_THREAD};
+}
 void access(uintptr_t address, size_t bytes, bool write, bool atomic, void* return_address) {
     if (!current) return;
     Region* region = region_at(address);
@@ -548,8 +563,13 @@ void access(uintptr_t address, size_t bytes, bool write, bool atomic, void* retu
         fail_and_leave(pc, "out-of-bounds %s of %zu bytes: %s", write ? "write" : "read", bytes,
                        describe(outside).text);
     }
-    const Fiber* f = me();
-    const Stamp now{pc, block.serial, block.epoch, block.warps[f->warp].epoch, uint16_t(f->index), atomic, ONE_THREAD};
+    const Stamp now = stamp(pc, atomic);
+    if (!region->copying.empty()) {
+        for (size_t i = (address - lo) / 16; i <= (address - lo + bytes - 1) / 16; ++i) {
+            const char* what = write ? "a write, after a copy_async16 begun" : "a read, after a copy_async16 begun";
+            if (region->copying[i].pc) tell_race(what, region->copying[i], now, address, "copy_async_wait and barrier");
+        }
+    }
     const size_t first = (address - lo) / region->cell, last = (address - lo + bytes - 1) / region->cell;
     for (size_t i = first; i <= last; ++i) check_cell(region, region->shadow[i], lo + i * region->cell, write, now);
 }
@@ -558,7 +578,9 @@ void access(uintptr_t address, size_t bytes, bool write, bool atomic, void* retu
 bool same(Place a, Place b) { return a.line == b.line && a.file == b.file; }
 
 // Waits for all live lanes of the mask. Each brings a value; those of slot *slot may be read after it.
-const Group* meet(unsigned mask, uint64_t value, Place at, unsigned* slot, bool orders_memory) {
+// The last to come calls `complete`, while the others stand still.
+const Group* meet(unsigned mask, uint64_t value, Place at, unsigned* slot, bool orders_memory,
+                  void (*complete)(const Group&, Place) = nullptr) {
     Warp& warp = block.warps[me()->warp];
     const unsigned lane = me()->lane, bit = 1u << lane;
     if (!(mask & bit)) fail_and_leave(at, "lane %u calls a warp collective whose mask %#x leaves it out", lane, mask);
@@ -584,6 +606,7 @@ const Group* meet(unsigned mask, uint64_t value, Place at, unsigned* slot, bool 
     group->arrived |= bit;
     const bool last = group->arrived == (mask & warp.alive);
     if (last && orders_memory && group->arrived == warp.alive) warp.epoch++;  // not by parts of a warp: too fine for us
+    if (last && complete) complete(*group, at);
     if (last) release_warp(warp, *group);
     wait(last ? RUNNING : AT_WARP, at);
     return group;
@@ -628,6 +651,109 @@ void atomic_access(const void* p, unsigned size) {
 }
 void stop(const char* why, Place at) { fail_and_leave(at, "%s", why); }
 
+// ---- tensor cores ---------------------------------------------------------------------------------------------------
+namespace {
+float operand(bool pairs, unsigned word, int half) {
+    const unsigned low = word << 16, high = word & 0xffff0000u, upper_19_bits = word & ~0x1fffu;
+    const unsigned read = !pairs ? upper_19_bits : half ? high : low;
+    float x;
+    memcpy(&x, &read, sizeof x);
+    return x;
+}
+// d += a b with d 16 x 8, by the tables of mma.m16n8k8 with .tf32 and mma.m16n8k16 with .bf16 in the PTX ISA. They
+// differ only in what a register holds, a number or two with neighbouring k.
+template <bool pairs> __attribute__((target("fma"))) void multiply_matrices(const Group& group, Place at) {
+    if (~group.arrived)
+        fail_and_leave(at, "mma without lanes %#x, which have ended or never were: all 32 take part", ~group.arrived);
+    constexpr int each = pairs ? 2 : 1, depth = 8 * each;
+    Fragments* lanes[WARP];
+    for (unsigned i = 0; i < WARP; ++i) lanes[i] = reinterpret_cast<Fragments*>(group.value[group.slot][i]);
+    float a[16][depth], b[depth][8];
+    for (int lane = 0; lane < int(WARP); ++lane) {
+        const int i = lane / 4, j = lane % 4;
+        for (int half = 0; half < each; ++half) {
+            for (int r = 0; r < 4; ++r)
+                a[i + r % 2 * 8][(j + r / 2 * 4) * each + half] = operand(pairs, lanes[lane]->a[r], half);
+            for (int r = 0; r < 2; ++r) b[(j + r * 4) * each + half][i] = operand(pairs, lanes[lane]->b[r], half);
+        }
+    }
+    for (int row = 0; row < 16; ++row) {
+        Fragments** const owners = lanes + row % 8 * 4;
+        float d[8];
+        for (int column = 0; column < 8; ++column) d[column] = owners[column / 2]->d[row / 8 * 2 + column % 2];
+        for (int k = 0; k < depth; ++k)
+            for (int column = 0; column < 8; ++column) d[column] = __builtin_fmaf(a[row][k], b[k][column], d[column]);
+        for (int column = 0; column < 8; ++column) owners[column / 2]->d[row / 8 * 2 + column % 2] = d[column];
+    }
+}
+}  // namespace
+void multiply_fragments(bool pairs, Fragments* mine, Place at) {
+    unsigned slot;
+    meet(~0u, uintptr_t(mine), at, &slot, false, pairs ? multiply_matrices<true> : multiply_matrices<false>);
+}
+
+// ---- asynchronous copies --------------------------------------------------------------------------------------------
+// The source is read when the copy begins, and the destination written at the thread's wait, as late as can be. Between
+// the two nobody may touch the destination.
+namespace {
+Region* end_of_copy(const char* which, const void* p, bool shared, Place at) {
+    const uintptr_t address = uintptr_t(p);
+    Region* region = region_at(address);
+    if (!region || (region->argument < 0) != shared)
+        fail_and_leave(at, "copy_async16 %s %s memory: %s", which, shared ? "what is not shared" : "what is not global",
+                       describe(address).text);
+    if (address % 16)
+        fail_and_leave(at, "copy_async16 %s a misaligned address, it needs a multiple of 16: %s", which,
+                       describe(address).text);
+    const uintptr_t lo = uintptr_t(region->lo), hi = uintptr_t(region->hi);
+    if (address < lo || address + 16 > hi)
+        fail_and_leave(at, "out-of-bounds %s of 16 bytes: %s", shared ? "write" : "read",
+                       describe(address < lo ? address : std::max(address, hi)).text);
+    return region;
+}
+}  // namespace
+void begin_copy(void* to, const void* from, Place at) {
+    Region* region = end_of_copy("to", to, true, at);
+    end_of_copy("from", from, false, at);
+    Copy copy{static_cast<char*>(to), {}, me()->copy_groups, static_cast<char*>(__builtin_return_address(0)) - 1};
+    if (launch->check) {
+        access(uintptr_t(from), sizeof copy.bytes, false, false, __builtin_return_address(0));
+        const Stamp now = stamp(copy.pc, false);
+        const size_t offset = size_t(copy.to - region->lo);
+        allocating = true;
+        region->copying.resize(size_t(region->hi - region->lo) / 16 + 1);
+        allocating = false;
+        Stamp& before = region->copying[offset / 16];
+        if (before.pc)
+            tell_race("a copy_async16, after another begun", before, now, uintptr_t(to), "copy_async_wait and barrier");
+        for (size_t i = offset / region->cell; i <= (offset + 15) / region->cell; ++i) {
+            Shadow seen = region->shadow[i];  // what a write would meet; it becomes one when it lands
+            check_cell(region, seen, uintptr_t(region->lo) + i * region->cell, true, now);
+        }
+        before = now;
+    }
+    memcpy(copy.bytes, from, sizeof copy.bytes);
+    allocating = true;
+    me()->copies.push_back(copy);
+    allocating = false;
+}
+void commit_copies() { me()->copy_groups++; }
+void land_copies(int groups_left) {
+    auto& copies = me()->copies;
+    size_t landed = 0;
+    for (; landed < copies.size(); ++landed) {
+        const Copy& copy = copies[landed];
+        if (uint64_t(copy.group) + unsigned(groups_left) >= me()->copy_groups) break;
+        if (launch->check) {
+            Region* region = region_at(uintptr_t(copy.to));
+            region->copying[size_t(copy.to - region->lo) / 16].pc = nullptr;
+            access(uintptr_t(copy.to), sizeof copy.bytes, true, false, static_cast<char*>(copy.pc) + 1);
+        }
+        memcpy(copy.to, copy.bytes, sizeof copy.bytes);
+    }
+    copies.erase(copies.begin(), copies.begin() + long(landed));
+}
+
 // ---- shared memory --------------------------------------------------------------------------------------------------
 // A shared variable keeps its memory from block to block; a block's first thread to reach it makes it uninitialised.
 namespace {
@@ -643,6 +769,7 @@ void* shared_region(unsigned slot, const char* name, size_t bytes, unsigned cell
     }
     if (region->born != block.serial) {
         region->born = block.serial;
+        region->copying.clear();
         memset(region->lo, UNWRITTEN, bytes);
     }
     return region->lo;

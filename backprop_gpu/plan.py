@@ -1,0 +1,456 @@
+"""The plan of a training step on a GPU: its operations, which kernel does each, and where everything lies.
+
+A step is a handful of kernels (`kernels/forward.cu`, `head.cu`, `delta.cu`, `gradients.cu`), in which the elementwise
+work follows the matrix product that it belongs to. Here they are chosen, for shapes, arithmetic and device; nothing
+here touches a GPU. `executors.Graph` runs the plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import cuda_source, dropout
+from .activations import IDENTITY, Activation
+from .costs import Cost
+from .network import Views
+
+NARROW = 64  # outputs up to which the head makes the last product itself, as in head.cu
+HEAD_ROWS = 4  # rows a block of the head, as there
+LONG_ROW = 1024  # outputs up to which a warp works on a row of them; on longer ones a block does
+LINE = 64  # elements that a part of the workspace begins at a multiple of
+HUGE = 1e12  # a gradient below it leads to no infinity, at these learning rates and below
+MOST_LR = 16.0
+ORDINARY = 1e4  # |Z| and |A| of hidden layers beyond it are looked at with care
+STATE, STEP, UNUSUAL, FIRST, T = 4, 0, 1, 2, 3  # as in step.cuh
+LAYER = 10  # numbers a layer in the table of gradients.cu
+
+
+class Device(NamedTuple):
+    """What the choice of kernels goes by. `arch` is 90 for compute capability 9.0."""
+
+    name: str
+    arch: int
+    processors: int
+    bandwidth: float  # bytes a second, 0 where it is not known
+    rate: float  # multiply-adds of float32 a second, twice; likewise
+
+
+class Tile(NamedTuple):
+    """What a block of `product.cuh` makes: rows, columns, k at a time; its warps down, across and along k."""
+
+    rows: int
+    columns: int
+    depth: int
+    down: int
+    across: int
+    deep: int
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.down * self.across * self.deep
+
+    def blocks(self, m: int, n: int) -> tuple[int, int]:
+        """How many across and down make m x n."""
+        return -(-n // self.columns), -(-m // self.rows)
+
+    def __str__(self) -> str:
+        return f"Tile<{', '.join(map(str, self))}>"
+
+
+class Place(NamedTuple):
+    """`size` elements of a vector of the executor's, from `start` on."""
+
+    vector: str
+    start: int
+    size: int
+
+
+AHEAD = "ahead"  # stands for the number of the step in its recording
+Argument = Place | float | str | None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One launch: what it computes, the kernel and its macros, grid, block and arguments, its work and its traffic."""
+
+    equation: str
+    file: str
+    kernel: str
+    defines: tuple[tuple[str, str], ...]
+    grid: tuple[int, int, int]
+    block: tuple[int, int]
+    arguments: tuple[Argument, ...]
+    flop: float = 0.0
+    bytes: float = 0.0
+    tile: Tile | None = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a plan is made for, beside the network's own settings.
+
+    `m`: samples a step; `batch`: those of a full one, which the workspace is laid out for; `n_data`: samples in all.
+    `data`: "bytes" or "reals"; `targets`: "labels" or "rows". `weighted`, `mean`: of the costs. `greatest`: of |X|.
+    `task`: as in right.cuh. `steps`: of an epoch. `models`: how many train side by side.
+    """
+
+    m: int
+    batch: int
+    n_data: int
+    steps: int
+    data: str = "bytes"
+    targets: str = "labels"
+    weighted: bool = False
+    mean: bool = True
+    greatest: float = 1.0
+    task: int = 1
+    models: int = 1
+
+
+@dataclass
+class Workspace:
+    """One vector, cut into parts."""
+
+    size: int = 0
+    places: dict[tuple[str, int], Place] = field(default_factory=dict)
+
+    def take(self, name: str, l: int, size: int) -> None:
+        """A part for array `name` of layer l."""
+        self.places[name, l] = Place("work", self.size, size)
+        self.size += -(-size // LINE) * LINE
+
+
+class Plan:
+    """The operations of a training step, in order. Raises Unplanned where the kernels cannot do what is asked.
+
+    `rule`: the name of the optimizer's struct in rules.cuh, None where the gradient is to be stored; `slots`: for each
+    of the three that a rule may have, whether it has it; `row_size`: numbers in a step's row.
+    """
+
+    def __init__(
+        self,
+        net: Any,
+        cost: Cost,
+        shape: Shape,
+        device: Device,
+        arithmetic: str,
+        rule: str | None,
+        slots: Sequence[bool] = (False, False, False),
+        row_size: int = 0,
+        frozen: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.net, self.cost, self.shape, self.device, self.arithmetic = net, cost, shape, device, arithmetic
+        self.rule, self.slots, self.row_size, self.frozen, self.seed = rule, tuple(slots), row_size, frozen, seed
+        self.item = net.dtype.itemsize
+        self.real = "float" if net.dtype == np.float32 else "double"
+        self.dropped = [rate > 0 for rate in net.rates]
+        self.strides = [n if d else -(-n // 4) * 4 for n, d in zip(net.layers, [*self.dropped, False], strict=True)]
+        self.places, self.parameters = Views.places(net.layers, net.biased, net.dtype)
+        self.start = self.places[frozen][0]  # of what is trained
+        self.head_makes_product = net.L > 1 and net.layers[-1] <= NARROW
+        self._check()
+        self.workspace = self._laid_out()
+        self.table, self.tiles, self._tile = self._tiled()
+        self.operations: list[Operation] = list(self._operations())
+
+    # ------------------------------------------------------------------------------------------------ what is where
+
+    def _check(self) -> None:
+        net = self.net
+        for f in (*net.f[1:], net.g):
+            if not cuda_source.is_compiled(f):
+                raise Unplanned(f"the activation {f.name} has no CUDA expressions")
+        if not cuda_source.is_compiled_cost(self.cost):
+            raise Unplanned(f"the cost {self.cost.name} has no CUDA expressions")
+        if not self.head_makes_product and self._by_output():
+            raise Unplanned(f"the output function {net.g.name} is not increasing, and there are many outputs")
+        if self.arithmetic not in ("ffma", "tf32x2") + (("tf32", "bf16") if self.real == "float" else ()):
+            raise Unplanned(f"there is no arithmetic {self.arithmetic} in {net.dtype}")
+
+    def _by_output(self) -> bool:
+        return self.shape.task == 1 and not self.net.g.increasing
+
+    def _laid_out(self) -> Workspace:
+        net, work, m = self.net, Workspace(), self.shape.batch
+        for l in range(1, net.L):
+            size = m * self.strides[l]
+            work.take("A", l, size)
+            if self.dropped[l]:
+                work.take("F", l, size)
+                work.take("mask", l, size)
+            if net.f[l].derivative_from == "Z" and net.f[l].derivative is not None:
+                work.take("Z", l, size)
+            work.take("Delta", l, size)
+        work.take("Z", net.L, m * self.strides[-1])
+        work.take("Delta", net.L, m * self.strides[-1])
+        for name in ("C", "right", "w", "part"):
+            work.take(name, net.L, m)
+        return work
+
+    def _at(self, name: str, l: int) -> Place:
+        """An array of layer l. F is A where there is no dropout, Z is F where it is not needed."""
+        for alias in {"Z": ("Z", "F", "A"), "F": ("F", "A")}.get(name, (name,)):
+            if (alias, l) in self.workspace.places:
+                return self.workspace.places[alias, l]
+        raise KeyError((name, l))
+
+    def _kept(self, l: int) -> Place:
+        """What f'(Z[l]) is taken from."""
+        return self._at("Z" if self.net.f[l].derivative_from == "Z" else "F", l)
+
+    def _weight(self, l: int) -> tuple[Place, Place | None]:
+        """W[l] and b[l] in theta."""
+        at_W, at_b = self.places[l - 1]
+        n_out, n_in = self.net.layers[l], self.net.layers[l - 1]
+        return Place("theta", at_W, n_out * n_in), None if at_b is None else Place("theta", at_b, n_out)
+
+    def _tiled(self) -> tuple[np.ndarray, int, Tile]:
+        """The table of gradients.cu, how many tiles there are, and the tile."""
+        net, m = self.net, self.shape.m
+        trained = range(self.frozen + 1, net.L + 1)
+        products = [(net.layers[l], net.layers[l - 1], m) for l in trained]
+        tile = choose_tile("gradients", products, self.arithmetic, self.real, self.device)
+        rows, tiles = [], 0
+        for l in trained:
+            across, down = tile.blocks(net.layers[l], net.layers[l - 1])
+            at_W, at_b = self.places[l - 1]
+            below = (-1, 0) if l == 1 else (self._at("A", l - 1).start, self.strides[l - 1])
+            rows.append(
+                (tiles, across, net.layers[l], net.layers[l - 1], at_W - self.start,
+                 -1 if at_b is None else at_b - self.start, self._at("Delta", l).start, self.strides[l], *below)
+            )  # fmt: skip
+            tiles += across * down
+        rows.append((tiles, *(0,) * (LAYER - 1)))
+        return np.array(rows, np.int64), tiles, tile
+
+    # ----------------------------------------------------------------------------------------------- the operations
+
+    def _operations(self) -> Iterator[Operation]:
+        L = self.net.L
+        if self.shape.weighted:
+            yield self._shares()
+        for l in range(1, L):
+            yield self._forward(l)
+            if self.dropped[l]:
+                yield self._drop(l)
+        if not self.head_makes_product:
+            yield self._forward(L)
+        yield self._head()
+        for l in range(L - 1 - (self._head_below() is not None), self.frozen, -1):
+            yield self._delta(l)
+        yield self._gradients()
+
+    def _order(self, l: int) -> tuple[Argument, ...]:
+        """order and batch, of what reads the data in layer 1."""
+        return (Place("order", 0, 2 * self.shape.n_data), self.shape.batch) if l == 1 else (None, 0)
+
+    @property
+    def _work(self) -> int:
+        return self.workspace.size
+
+    def _product(self, tile: Tile, f: Activation | None = None, **more: str) -> tuple[tuple[str, str], ...]:
+        defines = {"REAL": self.real, "ARITHMETIC": self.arithmetic, "TILE": str(tile)}
+        return tuple({**defines, **(cuda_source.activation(f) if f else {}), **more}.items())
+
+    def _forward(self, l: int) -> Operation:
+        net, s = self.net, self.shape
+        m, n, k = s.m, net.layers[l], net.layers[l - 1]
+        last = l == net.L
+        f = IDENTITY if last else net.f[l]
+        tile = choose_tile("forward", [(m, n, k)], self.arithmetic, self.real, self.device)
+        from_data, as_bytes = l == 1, l == 1 and s.data == "bytes"
+        A: Place = Place("data", 0, s.n_data * k) if from_data else self._at("A", l - 1)
+        W, b = self._weight(l)
+        Z, F = self._at("Z", l), self._at("Z", l) if last else self._at("F", l)
+        what = f"Z[{l}] = W[{l}] A[{l - 1}]" + (f" + b[{l}]" if b else "")
+        return Operation(
+            what if last else f"{what}, A[{l}] = {f.name}(Z[{l}])",
+            "forward.cu", "forward",
+            self._product(tile, f, SOURCE="unsigned char" if as_bytes else "real"),
+            (*tile.blocks(m, n), s.models), (tile.threads, 1),
+            (A, k if from_data else self.strides[l - 1], *self._order(l), W, b, Z, F, self.strides[l],
+             1 / 255 if as_bytes else 1.0, self._bound_Z(l), Place("state", 0, STATE), AHEAD, m, n, k,
+             0 if from_data else self._work, self.parameters, self._work, 2 * s.n_data),
+            2.0 * m * n * k,
+            m * k * (1 if as_bytes else self.item) + (n * k + m * n * (1 + (Z != F))) * self.item,
+            tile,
+        )  # fmt: skip
+
+    def _bound_Z(self, l: int) -> float:
+        return ORDINARY if l < self.net.L else 1e30
+
+    def _bound_Delta(self, l: int) -> float:
+        """Deltas of layer l up to it make a gradient below HUGE."""
+        below = self.shape.greatest if l == 1 else ORDINARY
+        return HUGE / MOST_LR / self.shape.m / max(below, 1.0)
+
+    def _drop(self, l: int) -> Operation:
+        net, s = self.net, self.shape
+        size = s.m * net.layers[l]
+        F, mask, A = (Place("work", self._at(name, l).start, size) for name in ("F", "mask", "A"))
+        blocks = max(1, min(-(-size // 1024), 1024))
+        return Operation(
+            f"A[{l}] = mask[{l}] ⊙ {net.f[l].name}(Z[{l}])",
+            "dropout.cu", "drop", (("REAL", self.real),), (blocks, 1, 1), (256, 1),
+            (F, mask, A, size, dropout.threshold(net.rates[l]), dropout.scale(net.rates[l]), l, 0, self.seed,
+             Place("state", 0, STATE), AHEAD),
+            bytes=3.0 * size * self.item,
+        )  # fmt: skip
+
+    def _shares(self) -> Operation:
+        s, at = self.shape, self.workspace.places
+        w, part = at["w", self.net.L], at["part", self.net.L] if self.shape.mean else None
+        return Operation(
+            "w = weights of the step's samples" + (", part = w / sum w" if s.mean else ""),
+            "share.cu", "step_shares", (("REAL", self.real),), (1, 1, s.models), (1024, 1),
+            (Place("weights", 0, s.n_data), *self._order(1), w, part, Place("state", 0, STATE), AHEAD, s.m, self._work,
+             2 * s.n_data),
+            bytes=3.0 * s.m * self.item,
+        )  # fmt: skip
+
+    def _head_below(self) -> Place | None:
+        """Delta[L-1], where the head makes it."""
+        L = self.net.L
+        return self._at("Delta", L - 1) if self.head_makes_product and self.frozen < L - 1 else None
+
+    def _head(self) -> Operation:
+        net, s, L = self.net, self.shape, self.net.L
+        m, K, n = s.m, net.layers[L], net.layers[L - 1]
+        makes, below = self.head_makes_product, self._head_below()
+        W, b = self._weight(L) if makes else (None, None)
+        kept = self._kept(L - 1) if below else None
+        mask = self._at("mask", L - 1) if below and self.dropped[L - 1] else None
+        labels, rows = Place("targets", 0, s.n_data), Place("targets", 0, s.n_data * K)
+        targets = (labels, None) if s.targets == "labels" else (None, rows)
+        weights: Argument = self._at("part" if s.mean else "w", L) if s.weighted else None
+        share = 1 / m if s.mean else 1.0
+        block = (32, HEAD_ROWS) if K <= LONG_ROW else (256, 1)
+        what = f"Z[{L}] = W[{L}] A[{L - 1}]" + (f" + b[{L}]" if b else "") + ", " if makes else ""
+        defines = {"REAL": self.real, **cuda_source.cost(self.cost), **cuda_source.activation(net.g)}
+        defines |= cuda_source.activation(net.f[L - 1] if below else IDENTITY, "BELOW")
+        return Operation(
+            f"{what}C, Delta[{L}] = dC/dZ[{L}]" + (f", Delta[{L - 1}] = f' ⊙ (W[{L}]^T Delta[{L}])" if below else ""),
+            "head.cu", "head", tuple(defines.items()),
+            (min(-(-m // block[1]), 1024), 1, s.models), block,
+            (self._at("A", L - 1) if makes else None, self.strides[L - 1], W, b, None if makes else self._at("Z", L),
+             *self._order(1), *targets, weights, share, self.cost.smoothing, self.cost.parameter, s.task,
+             int(self._by_output()), self._at("Delta", L), self.strides[L], self._at("C", L), self._at("right", L),
+             kept, mask, below, self._bound_Delta(L), self._bound_Delta(L - 1) if below else 0.0,
+             Place("state", 0, STATE), AHEAD, m, n, K, self.parameters, self._work, 2 * s.n_data),
+            2.0 * m * n * K * (makes + (below is not None)),
+            ((m * n * (2 if below else 1) + n * K) * makes + 2 * m * K) * self.item,
+        )  # fmt: skip
+
+    def _delta(self, l: int) -> Operation:
+        net, s = self.net, self.shape
+        m, n, k = s.m, net.layers[l], net.layers[l + 1]
+        tile = choose_tile("delta", [(m, n, k)], self.arithmetic, self.real, self.device)
+        mask = self._at("mask", l) if self.dropped[l] else None
+        return Operation(
+            f"Delta[{l}] = {net.f[l].name}'(Z[{l}]) ⊙ (W[{l + 1}]^T Delta[{l + 1}])",
+            "delta.cu", "delta", self._product(tile, net.f[l]), (*tile.blocks(m, n), s.models), (tile.threads, 1),
+            (self._at("Delta", l + 1), self.strides[l + 1], self._weight(l + 1)[0], self._kept(l), mask,
+             self._at("Delta", l), self.strides[l], self._bound_Delta(l), Place("state", 0, STATE), AHEAD, m, n, k,
+             self.parameters, self._work),
+            2.0 * m * n * k, (m * k + n * k + m * n * (2 + (mask is not None))) * self.item, tile,
+        )  # fmt: skip
+
+    def _gradients(self) -> Operation:
+        net, s, tile = self.net, self.shape, self._tile
+        L, size = net.L, self.parameters - self.start
+        as_bytes = s.data == "bytes"
+        data = Place("data", 0, s.n_data * net.layers[0])
+        w = self._at("w", L) if s.weighted else None
+        theta, g = Place("trained", 0, size), None if self.rule else Place("gradient", 0, size)
+        slots = [Place(f"slot {i}", 0, size) if there and self.rule else None for i, there in enumerate(self.slots)]
+        weights = sum(net.layers[l] * net.layers[l - 1] for l in range(self.frozen + 1, L + 1))
+        sources = sum(net.layers[l] + net.layers[l - 1] for l in range(self.frozen + 1, L + 1))
+        more: dict[str, str] = {"RULE": self.rule} if self.rule else {}
+        traffic = 2 * (1 + sum(x is not None for x in slots)) if self.rule else 1
+        return Operation(
+            f"dW[l], db[l] of l = {self.frozen + 1}..{L}" + (f", {self.rule} of theta" if self.rule else ""),
+            "gradients.cu", "gradients", self._product(tile, None, **more), (self.tiles + 1, 1, s.models), (tile.threads, 1),
+            (Place("layers", 0, self.table.size), self.tiles, data if as_bytes else None, None if as_bytes else data,
+             net.layers[0], *self._order(1), Place("work", 0, self._work), 1 / 255 if as_bytes else 1.0, theta, g,
+             *slots, Place("rows", 0, s.steps * self.row_size) if self.rule else None, self.row_size, self._at("C", L),
+             self._at("right", L), w, Place("measured", 0, 2 * s.steps), Place("state", 0, STATE), AHEAD, s.m,
+             self.parameters, self._work, 2 * s.n_data, s.steps),
+            2.0 * s.m * weights, (s.m * sources + weights * traffic) * self.item, tile,
+        )  # fmt: skip
+
+    # -------------------------------------------------------------------------------------------------- what it tells
+
+    @property
+    def flop(self) -> float:
+        """Of a step."""
+        return sum(o.flop for o in self.operations)
+
+    @property
+    def bytes(self) -> float:
+        """What a step reads and writes at least."""
+        return sum(o.bytes for o in self.operations)
+
+    def floor(self) -> float | None:
+        """Seconds that a step takes at least: each operation at the device's rate or bandwidth, whichever is less."""
+        d = self.device
+        if not (d.rate and d.bandwidth):
+            return None
+        return sum(max(o.flop / (d.rate * SPEED[self.arithmetic]), o.bytes / d.bandwidth) for o in self.operations)
+
+    def describe(self) -> str:
+        """A line an operation: what it computes, its kernel, tile and grid, FLOP and bytes; then the sums."""
+        lines = []
+        for o in self.operations:
+            how = f"{o.kernel}, {self.arithmetic} {o.tile}" if o.tile else o.kernel
+            grid = " x ".join(map(str, o.grid))
+            lines.append(f"{o.equation:64} {how:44} {grid:>14}  {o.flop / 1e6:10.1f} MFLOP {o.bytes / 1e6:8.2f} MB")
+        floor = self.floor()
+        lines.append(
+            f"{len(self.operations)} nodes a step, {self.flop / 1e6:.1f} MFLOP, {self.bytes / 1e6:.2f} MB, "
+            f"workspace {self.workspace.size * self.item / 1e6:.2f} MB"
+            + (f", at least {floor * 1e6:.2f} us on {self.device.name}" if floor else "")
+        )
+        return "\n".join(lines)
+
+
+def arithmetic_of(precision: str, device: Device) -> str:
+    """The arithmetic of products.cuh that a precision is computed in."""
+    if precision == "float64" or device.arch < 80:
+        return "ffma"
+    return {"float32": "tf32x2"}.get(precision, precision)
+
+
+class Unplanned(Exception):  # noqa: N818 - an answer, not an error
+    """Why there is no plan for what is asked."""
+
+
+# ------------------------------------------------------------------------------------------------- the choice of tiles
+
+SPEED = {"ffma": 1.0, "tf32x2": 2.5, "tf32": 7.5, "bf16": 15.0}  # of dense products, in units of float32's on sm_90
+_FLOAT = (
+    Tile(128, 128, 16, 2, 4, 1),
+    Tile(64, 64, 32, 2, 4, 1),
+    Tile(32, 32, 64, 2, 2, 2),
+    Tile(16, 16, 64, 1, 1, 4),
+)
+_DOUBLE = (Tile(64, 64, 16, 2, 4, 1), Tile(32, 32, 32, 2, 2, 2), Tile(16, 16, 32, 1, 1, 4))
+
+
+def choose_tile(
+    kernel: str, products: Sequence[tuple[int, int, int]], arithmetic: str, real: str, device: Device
+) -> Tile:
+    """The largest tile of which there are enough to fill the device; the smallest where none are. By shape alone."""
+    tiles = _FLOAT if real == "float" else _DOUBLE
+    for tile in tiles:
+        if arithmetic == "bf16" and tile.depth // tile.deep % 16:
+            continue
+        if sum(math.prod(tile.blocks(m, n)) for m, n, _ in products) >= 0.75 * device.processors:
+            return tile
+    return tiles[-1]

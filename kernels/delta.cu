@@ -1,0 +1,38 @@
+// Delta[l] = f'(Z[l]) ⊙ (W[l+1]^T Delta[l+1]) (source 5, "Back Propagation Algorithm"; source 3, delta^l; source 4,
+// eq. 27), the product and what follows it in one launch.
+//
+// above (m, k) is Delta[l+1], in rows of `above_stride`; W (k, n) is W[l+1]. K is A[l] or Z[l], whichever f' is taken
+// from; mask, of dropout, or null; out (m, n) becomes Delta[l]; all three in rows of `stride` reals. The grid is
+// (columns, rows, models), then come the distances between models in theta and the workspace.
+#include "activations.cuh"
+#include "product.cuh"
+#include "step.cuh"
+
+extern "C" __global__ __launch_bounds__(TILE::THREADS) void delta(
+    const real* above, int above_stride, const real* W, const real* K, const real* mask, real* out, int stride,
+    real bound, unsigned long long* state, int ahead, int m, int n, int k, long long of_theta, long long of_work) {
+    __shared__ alignas(16) real shared[shared_size<TILE, ALONG, DOWN>()];
+    const int model = blockIdx.z, row = blockIdx.y * TILE::ROWS, column = blockIdx.x * TILE::COLUMNS;
+    const Step step(state, ahead);
+    const Matrix<real> deltas(above + model * of_work, m, k, above_stride);
+    const Matrix<real> weights(W + model * of_theta, k, n, n);
+    K += model * of_work;
+    out += model * of_work;
+    if (mask) mask += model * of_work;
+    bool usual = true;
+    product<TILE, ALONG, DOWN>(
+        shared, deltas, weights, row, column, k, Nothing(), [&](int i, int j, const Pack<real, 2>& product) {
+            if (i >= m || j >= n) return;
+            Pack<real, 2> d = product;
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+                if (j + e < n) {
+                    const long long at = (long long)i * stride + j + e;
+                    if (mask) d.v[e] *= mask[at];
+                    d.v[e] *= ACTIVATION::derivative(K[at]);
+                    usual = usual && fabs(d.v[e]) <= bound;
+                }
+            put_pair(out, i, j, stride, n, d);
+        });
+    step.check(usual);
+}

@@ -1,0 +1,110 @@
+// dW[l] = Delta[l] A[l-1]^T and db[l] = Delta[l] 1 of all layers in one launch, and the step of the optimizer on them,
+// so that no gradient is ever stored (source 5, "Back Propagation Algorithm"); with RULE undefined they go to `g`.
+//
+// A block makes one tile of one dW; the blocks of the first column sum db on the way, and one more block adds up what
+// the step is judged by: measured[step] = sum of w_i C_i (w null: of C_i), sum of right_i. `layers` says for each what
+// layer.. below lists, places counted in reals from the start of `work` or theta. Layer 1 may read the data, bytes or
+// reals, gathered by `order` as in forward.cu. theta, g and the slots begin at the first layer that is trained; `rows`
+// are those of update.cu, of `row_size` numbers each. The grid is (tiles + 1, 1, models), then come the distances
+// between models in the data, theta and the slots, the workspace, the orders, and the number of steps that `rows` and
+// `measured` hold for each.
+#include "product.cuh"
+#include "step.cuh"
+#ifdef RULE
+#include "rules.cuh"
+#endif
+
+enum { FIRST_TILE, TILES_ACROSS, N_OUT, N_IN, W_AT, B_AT, DELTA_AT, DELTA_STRIDE, A_AT, A_STRIDE, LAYER };  // B_AT may be -1
+
+__device__ void add_up(const real* C, const real* right, const real* w, double* measured, int m) {
+    double cost = 0, hits = 0;
+    for (int i = threadIdx.x; i < m; i += blockDim.x) {
+        cost += (w ? double(w[i]) : 1.0) * double(C[i]);
+        hits += right[i];
+    }
+    cost = join_row(cost, Sum(), 0.0);
+    hits = join_row(hits, Sum(), 0.0);
+    if (threadIdx.x == 0) {
+        measured[0] = cost;
+        measured[1] = hits;
+    }
+}
+
+// What happens to a gradient: element by element, or two neighbours at a time.
+struct Taken {
+    real *theta, *g, *s0, *s1, *s2;
+    const double* row;
+    bool usual;
+
+    template <int N> __device__ void operator()(long long i, const Pack<real, N>& gradient) const {
+#ifdef RULE
+        if (usual) take(RULE(row + 3), theta, gradient, s0, s1, s2, i);
+#else
+        store<N>(g, i, gradient);
+#endif
+    }
+};
+
+template <class From>
+__device__ void layer_tile(real* shared, const real* work, const long long* layer, const Matrix<From>& below, int tile,
+                           real scale, int m, const Taken& taken) {
+    const int n_out = layer[N_OUT], n_in = layer[N_IN], across = layer[TILES_ACROSS];
+    const int row = tile / across * TILE::ROWS, column = tile % across * TILE::COLUMNS;
+    const Matrix<real> delta(work + layer[DELTA_AT], m, n_out, layer[DELTA_STRIDE]);
+    const bool sums_b = column == 0 && layer[B_AT] >= 0;
+    constexpr int LD = Operand<DOWN, real, TILE::ROWS, TILE::DEPTH, TILE::THREADS>::LD;
+    real db = 0;
+    product<TILE, DOWN, DOWN>(
+        shared, delta, below, row, column, m,
+        [&](const real* panel) {
+            if (sums_b && threadIdx.x < TILE::ROWS) {
+#pragma unroll
+                for (int k = 0; k < TILE::DEPTH; ++k) db += panel[k * LD + threadIdx.x];
+            }
+        },
+        [&](int i, int j, Pack<real, 2> gradient) {
+            if (i >= n_out || j >= n_in) return;
+            gradient.v[0] *= scale;
+            gradient.v[1] *= scale;
+            const long long at = layer[W_AT] + (long long)i * n_in + j;
+            if (n_in % 2 == 0)
+                taken(at / 2, gradient);
+            else {
+                taken(at, Pack<real, 1>{{gradient.v[0]}});
+                if (j + 1 < n_in) taken(at + 1, Pack<real, 1>{{gradient.v[1]}});
+            }
+        });
+    if (sums_b && threadIdx.x < TILE::ROWS && row + threadIdx.x < n_out)
+        taken(layer[B_AT] + row + threadIdx.x, Pack<real, 1>{{db}});
+}
+
+extern "C" __global__ __launch_bounds__(TILE::THREADS) void gradients(
+    const long long* layers, int tiles, const unsigned char* bytes, const real* reals, int data_stride,
+    const long long* order, int batch, const real* work, real scale, real* theta, real* g, real* s0, real* s1, real* s2,
+    const double* rows, int row_size, const real* C, const real* right, const real* w, double* measured,
+    unsigned long long* state, int ahead, int m, long long of_theta, long long of_work, long long of_order,
+    long long steps) {
+    __shared__ alignas(16) real shared[shared_size<TILE, DOWN, DOWN>()];
+    const int model = blockIdx.z, tile = blockIdx.x;
+    const Step step(state, ahead);
+    const long long at_work = model * of_work, at = model * of_theta, at_step = model * steps + step.number;
+    if (tile == tiles) {
+        add_up(C + at_work, right + at_work, w ? w + at_work : w, measured + 2 * at_step, m);
+        return;
+    }
+    const Taken taken = {theta + at, g ? g + at : g, s0 ? s0 + at : s0, s1 ? s1 + at : s1, s2 ? s2 + at : s2,
+                         rows + at_step * row_size, step.usual()};
+    const long long* layer = layers;
+    while (tile >= layer[LAYER + FIRST_TILE]) layer += LAYER;
+    const int mine = tile - layer[FIRST_TILE], n_in = layer[N_IN];
+    work += at_work;
+    if (order) order += model * of_order;
+    if (layer[A_AT] >= 0)
+        layer_tile(shared, work, layer, Matrix<real>(work + layer[A_AT], m, n_in, layer[A_STRIDE]), mine, 1, m, taken);
+    else if (bytes)
+        layer_tile(shared, work, layer, Matrix<unsigned char>(bytes, m, n_in, data_stride, order, step.first(batch)),
+                   mine, scale, m, taken);
+    else
+        layer_tile(shared, work, layer, Matrix<real>(reals, m, n_in, data_stride, order, step.first(batch)), mine, 1, m,
+                   taken);
+}
