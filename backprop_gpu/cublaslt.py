@@ -495,8 +495,8 @@ def forward(
     """Z (m, N) = A W^T + b, W (N, K), A (m, K), b (N,) or None; with `relu` Z = max(Z, 0), and where Z > 0 in `mask`.
 
     `mask`: see `mask_shape`. `precision`: a key of PRECISIONS, None: that of the operands' dtype. `workspace`: uint8
-    on the device, its size the limit. Other shapes or dtypes are a ValueError or TypeError. NaN: cuBLASLt's ReLU makes
-    a 0 of it, so that divergence is not seen behind it.
+    on the device, its size the limit. Other shapes or dtypes are a ValueError or TypeError. Of a NaN
+    cuBLASLt's ReLU may make 0: divergence has to be looked for elsewhere, in theta say.
     """
     (N, K), (m, _) = W.shape, A.shape
     if mask is not None and not relu:

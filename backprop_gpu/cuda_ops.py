@@ -224,7 +224,8 @@ def output_delta(
         costs.output_delta(sys.modules[__name__], cost, g, Z, T, Delta, C)
         cp.multiply(Delta, w if isinstance(w, float) else w.reshape(-1, 1), out=Delta)
     else:
-        kernel = kernel_of("output_delta.cu", "output_delta", Z.dtype, **cuda_source.cost(cost), **cuda_source.activation(g))
+        defines = {**cuda_source.cost(cost), **cuda_source.activation(g)}
+        kernel = kernel_of("output_delta.cu", "output_delta", Z.dtype, **defines)
         targets = (T, None) if T.ndim == 1 else (None, T)
         weight = (None, w) if isinstance(w, float) else (w, 0.0)
         launch(kernel, *_rows(m, K), Z, *targets, *weight, cost.smoothing, cost.parameter, Delta, C, m, K)

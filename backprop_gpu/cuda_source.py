@@ -62,8 +62,10 @@ def text(name: str, **defines: str) -> str:
 
 def signatures(source: str) -> dict[str, tuple[Parameter, ...]]:
     """The parameters of each kernel in a text from `text`."""
-    real = re.search(r"^#define REAL (\w+)$", source, re.M)
-    types = {**_TYPES, "real": _TYPES[real[1]]} if real else _TYPES
+    types = dict(_TYPES)
+    for name, macro in (("real", "REAL"), ("SOURCE", "SOURCE")):
+        if chosen := re.search(rf"^#define {macro} ([\w ]+)$", source, re.M):
+            types[name] = types[chosen[1]]
     return {name: tuple(_parameter(p, types) for p in listed.split(",")) for name, listed in _KERNEL.findall(source)}
 
 

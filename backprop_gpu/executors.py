@@ -284,14 +284,17 @@ class Graph(Eager):
         for o in plan.operations:
             kernel = self.ops.kernel_of(o.file, o.kernel, self.problem.net.dtype, **dict(o.defines))
             given = [_found(vectors, a) for a in o.arguments]
-            launches.append((kernel.function, o.grid, o.block, self.ops.arguments(kernel, given), o.arguments.index(plans.AHEAD)))
+            at = o.arguments.index(plans.AHEAD)
+            if o.shared > 48 << 10:  # what a kernel may have unasked
+                kernel.function.max_dynamic_shared_size_bytes = o.shared
+            launches.append((kernel.function, o.grid, o.block, self.ops.arguments(kernel, given), at, o.shared))
         return launches
 
     def _enqueue(self, launches: list[Any], ahead: int) -> None:
         """One step, the ahead-th of its recording."""
-        for function, grid, block, arguments, at in launches:
+        for function, grid, block, arguments, at, shared in launches:
             arguments[at] = np.int32(ahead)
-            function(grid, block, tuple(arguments))
+            function(grid, block, tuple(arguments), shared_mem=shared)
         if regularization := self.problem.regularization:
             self.ops.regularize(regularization, self.theta, self.is_weight, self.g)
             self.ops.update_step(

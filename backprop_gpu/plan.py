@@ -20,7 +20,7 @@ from .costs import Cost
 from .network import Views
 
 NARROW = 64  # outputs up to which the head makes the last product itself, as in head.cu
-HEAD_ROWS = 4  # rows a block of the head, as there
+HEAD_WARPS = 4  # of a block of the head, as there
 LONG_ROW = 1024  # outputs up to which a warp works on a row of them; on longer ones a block does
 LINE = 64  # elements that a part of the workspace begins at a multiple of
 HUGE = 1e12  # a gradient below it leads to no infinity, at these learning rates and below
@@ -41,7 +41,10 @@ class Device(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What a block of `product.cuh` makes: rows, columns, k at a time; its warps down, across and along k."""
+    """What a block of `product.cuh` makes: rows, columns, k at a time; its warps down, across and along k.
+
+    `stages`: parts of `depth` under way or in use.
+    """
 
     rows: int
     columns: int
@@ -49,6 +52,7 @@ class Tile(NamedTuple):
     down: int
     across: int
     deep: int
+    stages: int
 
     @property
     def threads(self) -> int:
@@ -58,6 +62,17 @@ class Tile(NamedTuple):
     def blocks(self, m: int, n: int) -> tuple[int, int]:
         """How many across and down make m x n."""
         return -(-n // self.columns), -(-m // self.rows)
+
+    def shared(self, kernel: str, item: int) -> int:
+        """Bytes of shared memory that `product.cuh` takes, for numbers of `item` bytes."""
+
+        def panel(along: bool, side: int) -> int:
+            return side * (self.depth + 4) if along else self.depth * (side + 8)
+
+        a = panel(kernel != "gradients", self.rows)
+        b = panel(kernel == "forward", self.columns)
+        joined = self.deep * self.rows * self.columns if self.deep > 1 else 0
+        return item * max(self.stages * (a + b), joined)
 
     def __str__(self) -> str:
         return f"Tile<{', '.join(map(str, self))}>"
@@ -89,6 +104,7 @@ class Operation:
     flop: float = 0.0
     bytes: float = 0.0
     tile: Tile | None = None
+    shared: int = 0  # bytes of dynamic shared memory
 
 
 @dataclass(frozen=True)
@@ -280,7 +296,7 @@ class Plan:
              0 if from_data else self._work, self.parameters, self._work, 2 * s.n_data),
             2.0 * m * n * k,
             m * k * (1 if as_bytes else self.item) + (n * k + m * n * (1 + (Z != F))) * self.item,
-            tile,
+            tile, tile.shared("forward", self.item),
         )  # fmt: skip
 
     def _bound_Z(self, l: int) -> float:
@@ -331,14 +347,16 @@ class Plan:
         targets = (labels, None) if s.targets == "labels" else (None, rows)
         weights: Argument = self._at("part" if s.mean else "w", L) if s.weighted else None
         share = 1 / m if s.mean else 1.0
-        block = (32, HEAD_ROWS) if K <= LONG_ROW else (256, 1)
+        block = (32, HEAD_WARPS) if K <= LONG_ROW else (256, 1)
+        rows = 1 if m <= 2 * self.device.processors else HEAD_WARPS  # of a block at a time
+        each = rows if makes else block[1]
         what = f"Z[{L}] = W[{L}] A[{L - 1}]" + (f" + b[{L}]" if b else "") + ", " if makes else ""
-        defines = {"REAL": self.real, **cuda_source.cost(self.cost), **cuda_source.activation(net.g)}
+        defines = {"REAL": self.real, "ROWS": str(rows), **cuda_source.cost(self.cost), **cuda_source.activation(net.g)}
         defines |= cuda_source.activation(net.f[L - 1] if below else IDENTITY, "BELOW")
         return Operation(
             f"{what}C, Delta[{L}] = dC/dZ[{L}]" + (f", Delta[{L - 1}] = f' ⊙ (W[{L}]^T Delta[{L}])" if below else ""),
             "head.cu", "head", tuple(defines.items()),
-            (min(-(-m // block[1]), 1024), 1, s.models), block,
+            (min(-(-m // each), 1024), 1, s.models), block,
             (self._at("A", L - 1) if makes else None, self.strides[L - 1], W, b, None if makes else self._at("Z", L),
              *self._order(1), *targets, weights, share, self.cost.smoothing, self.cost.parameter, s.task,
              int(self._by_output()), self._at("Delta", L), self.strides[L], self._at("C", L), self._at("right", L),
@@ -360,6 +378,7 @@ class Plan:
              self._at("Delta", l), self.strides[l], self._bound_Delta(l), Place("state", 0, STATE), AHEAD, m, n, k,
              self.parameters, self._work),
             2.0 * m * n * k, (m * k + n * k + m * n * (2 + (mask is not None))) * self.item, tile,
+            tile.shared("delta", self.item),
         )  # fmt: skip
 
     def _gradients(self) -> Operation:
@@ -376,13 +395,15 @@ class Plan:
         traffic = 2 * (1 + sum(x is not None for x in slots)) if self.rule else 1
         return Operation(
             f"dW[l], db[l] of l = {self.frozen + 1}..{L}" + (f", {self.rule} of theta" if self.rule else ""),
-            "gradients.cu", "gradients", self._product(tile, None, **more), (self.tiles + 1, 1, s.models), (tile.threads, 1),
+            "gradients.cu", "gradients", self._product(tile, None, **more), (self.tiles + 1, 1, s.models),
+            (tile.threads, 1),
             (Place("layers", 0, self.table.size), self.tiles, data if as_bytes else None, None if as_bytes else data,
              net.layers[0], *self._order(1), Place("work", 0, self._work), 1 / 255 if as_bytes else 1.0, theta, g,
              *slots, Place("rows", 0, s.steps * self.row_size) if self.rule else None, self.row_size, self._at("C", L),
              self._at("right", L), w, Place("measured", 0, 2 * s.steps), Place("state", 0, STATE), AHEAD, s.m,
              self.parameters, self._work, 2 * s.n_data, s.steps),
             2.0 * s.m * weights, (s.m * sources + weights * traffic) * self.item, tile,
+            tile.shared("gradients", self.item),
         )  # fmt: skip
 
     # -------------------------------------------------------------------------------------------------- what it tells
@@ -435,12 +456,13 @@ class Unplanned(Exception):  # noqa: N818 - an answer, not an error
 
 SPEED = {"ffma": 1.0, "tf32x2": 2.5, "tf32": 7.5, "bf16": 15.0}  # of dense products, in units of float32's on sm_90
 _FLOAT = (
-    Tile(128, 128, 16, 2, 4, 1),
-    Tile(64, 64, 32, 2, 4, 1),
-    Tile(32, 32, 64, 2, 2, 2),
-    Tile(16, 16, 64, 1, 1, 4),
+    Tile(128, 128, 16, 2, 4, 1, 4),
+    Tile(64, 64, 32, 2, 4, 1, 3),
+    Tile(32, 32, 64, 2, 2, 2, 3),
+    Tile(32, 16, 64, 2, 1, 4, 4),
+    Tile(16, 16, 64, 1, 1, 4, 6),
 )
-_DOUBLE = (Tile(64, 64, 16, 2, 4, 1), Tile(32, 32, 32, 2, 2, 2), Tile(16, 16, 32, 1, 1, 4))
+_DOUBLE = (Tile(64, 64, 16, 2, 4, 1, 3), Tile(32, 32, 32, 2, 2, 2, 3), Tile(16, 16, 32, 1, 1, 4, 4))
 
 
 def choose_tile(

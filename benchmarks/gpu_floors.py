@@ -213,8 +213,8 @@ class Launch:
         self, driver: Any, kernel: Any, grid: int, block: int, args: tuple, stream: Any, attribute: int | None = None
     ) -> None:
         self.driver, self.function = driver, ctypes.c_void_p(kernel.kernel.ptr)
-        self.kept = [_packed(arg) for arg in args]
-        self.parameters = (ctypes.c_void_p * len(args))(*(ctypes.addressof(value) for value in self.kept))
+        self.args, self.packed = args, [_packed(arg) for arg in args]  # kept: the launch knows their addresses alone
+        self.parameters = (ctypes.c_void_p * len(args))(*(ctypes.addressof(value) for value in self.packed))
         self.attributes = (Attribute * 1)()
         if attribute is not None:
             self.attributes[0].id, self.attributes[0].value.flag = attribute, 1

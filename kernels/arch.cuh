@@ -40,19 +40,34 @@ __device__ __forceinline__ void mma_bf16_16x8x16(float (&d)[4], const unsigned (
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+#endif
 
-// Begins to copy 16 bytes, both addresses multiples of 16. Commit makes a group of the copies begun since the last
-// one; wait<N> returns when all but the thread's last N groups have landed. Other threads see them after a barrier
-// behind it.
-__device__ __forceinline__ void copy_async16(void* to_shared, const void* from_global) {
+// Begins to copy 16 bytes, both addresses multiples of 16: the first `bytes` of the source, then zeros. Commit makes a
+// group of the copies begun since the last one; wait<N> returns when all but the thread's last N groups have landed.
+// Other threads see them after a barrier behind it. Before sm_80 the copy is made at once.
+#if __CUDA_ARCH__ >= 800
+__device__ __forceinline__ void copy_async16(void* to_shared, const void* from_global, int bytes = 16) {
     const unsigned to = unsigned(__cvta_generic_to_shared(to_shared));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(from_global))
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to),
+                 "l"(__cvta_generic_to_global(from_global)), "r"(bytes)
                  : "memory");
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
+#else
+__device__ __forceinline__ void copy_async16(void* to_shared, const void* from_global, int bytes = 16) {
+    uint4 whole = {0, 0, 0, 0};
+    if (bytes == 16)
+        whole = *static_cast<const uint4*>(from_global);
+    else
+        for (int i = 0; i < bytes; ++i)
+            reinterpret_cast<unsigned char*>(&whole)[i] = static_cast<const unsigned char*>(from_global)[i];
+    *static_cast<uint4*>(to_shared) = whole;
+}
+__device__ __forceinline__ void copy_async_commit() {}
+template <int N> __device__ __forceinline__ void copy_async_wait() {}
 #endif
 
 // Of a kernel launched with programmatic stream serialization: what the kernels before it in the stream wrote may be

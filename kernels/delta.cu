@@ -11,7 +11,7 @@
 extern "C" __global__ __launch_bounds__(TILE::THREADS) void delta(
     const real* above, int above_stride, const real* W, const real* K, const real* mask, real* out, int stride,
     real bound, unsigned long long* state, int ahead, int m, int n, int k, long long of_theta, long long of_work) {
-    __shared__ alignas(16) real shared[shared_size<TILE, ALONG, DOWN>()];
+    extern __shared__ __align__(16) unsigned char shared[];
     const int model = blockIdx.z, row = blockIdx.y * TILE::ROWS, column = blockIdx.x * TILE::COLUMNS;
     const Step step(state, ahead);
     const Matrix<real> deltas(above + model * of_work, m, k, above_stride);
@@ -21,17 +21,24 @@ extern "C" __global__ __launch_bounds__(TILE::THREADS) void delta(
     if (mask) mask += model * of_work;
     bool usual = true;
     product<TILE, ALONG, DOWN>(
-        shared, deltas, weights, row, column, k, Nothing(), [&](int i, int j, const Pack<real, 2>& product) {
+        shared, deltas, weights, row, column, k, Nothing(),
+        [&](int i, int j) {  // f'(Z), times the mask
+            Pack<real, 2> d = {};
+            if (i >= m || j >= n) return d;
+            d = get_pair(K, i, j, stride, n);
+            d.v[0] = ACTIVATION::derivative(d.v[0]);
+            d.v[1] = ACTIVATION::derivative(d.v[1]);
+            if (mask) {
+                const Pack<real, 2> kept = get_pair(mask, i, j, stride, n);
+                d.v[0] *= kept.v[0];
+                d.v[1] *= kept.v[1];
+            }
+            return d;
+        },
+        [&](int i, int j, const Pack<real, 2>& product, const Pack<real, 2>& slope) {
             if (i >= m || j >= n) return;
-            Pack<real, 2> d = product;
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-                if (j + e < n) {
-                    const long long at = (long long)i * stride + j + e;
-                    if (mask) d.v[e] *= mask[at];
-                    d.v[e] *= ACTIVATION::derivative(K[at]);
-                    usual = usual && fabs(d.v[e]) <= bound;
-                }
+            const Pack<real, 2> d = {{product.v[0] * slope.v[0], j + 1 < n ? product.v[1] * slope.v[1] : real(0)}};
+            usual = usual && fabs(d.v[0]) <= bound && fabs(d.v[1]) <= bound;
             put_pair(out, i, j, stride, n, d);
         });
     step.check(usual);

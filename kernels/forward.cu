@@ -12,7 +12,7 @@ extern "C" __global__ __launch_bounds__(TILE::THREADS) void forward(
     const SOURCE* A, int A_stride, const long long* order, int batch, const real* W, const real* b, real* Z, real* F,
     int stride, real scale, real bound, unsigned long long* state, int ahead, int m, int n, int k, long long of_A,
     long long of_theta, long long of_work, long long of_order) {
-    __shared__ alignas(16) real shared[shared_size<TILE, ALONG, ALONG>()];
+    extern __shared__ __align__(16) unsigned char shared[];
     const int model = blockIdx.z, row = blockIdx.y * TILE::ROWS, column = blockIdx.x * TILE::COLUMNS;
     const Step step(state, ahead);
     const Matrix<SOURCE> below(A + model * of_A, m, k, A_stride, order ? order + model * of_order : order,
@@ -23,14 +23,15 @@ extern "C" __global__ __launch_bounds__(TILE::THREADS) void forward(
     F += model * of_work;
     bool usual = true;
     product<TILE, ALONG, ALONG>(
-        shared, below, weights, row, column, k, Nothing(), [&](int i, int j, const Pack<real, 2>& product) {
+        shared, below, weights, row, column, k, Nothing(),
+        [&](int, int j) { return bias ? get_pair(bias, 0, j, 0, n) : Pack<real, 2>(); },
+        [&](int i, int j, const Pack<real, 2>& product, const Pack<real, 2>& of_b) {
             if (i >= m || j >= n) return;
             Pack<real, 2> z, f = {};
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                z.v[e] = product.v[e] * scale;
+                z.v[e] = product.v[e] * scale + of_b.v[e];
                 if (j + e < n) {
-                    if (bias) z.v[e] += bias[j + e];
                     f.v[e] = ACTIVATION::value(z.v[e]);
                     usual = usual && fabs(z.v[e]) <= bound && fabs(f.v[e]) <= bound;
                 }

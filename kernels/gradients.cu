@@ -30,52 +30,89 @@ __device__ void add_up(const real* C, const real* right, const real* w, double* 
     }
 }
 
-// What happens to a gradient: element by element, or two neighbours at a time.
+// What happens to a gradient: the optimizer's step, or it is stored.
 struct Taken {
-    real *theta, *g, *s0, *s1, *s2;
-    const double* row;
+    real *theta, *g;
+    real* slots[3];
     bool usual;
-
-    template <int N> __device__ void operator()(long long i, const Pack<real, N>& gradient) const {
 #ifdef RULE
-        if (usual) take(RULE(row + 3), theta, gradient, s0, s1, s2, i);
+    RULE rule;
+    using Pair = Elements<2>;
 #else
-        store<N>(g, i, gradient);
+    struct Pair {};
+#endif
+
+    // The pair at i, i + 1 of theta, in one access where `even`, as far as there are `n` of them.
+    __device__ Pair get(long long i, bool even, int n) const {
+        Pair x = {};
+#ifdef RULE
+        if (even)
+            x.get(theta, slots, i / 2);
+        else
+            for (int e = 0; e < 2; ++e)
+                if (e < n) {
+                    Elements<1> one;
+                    one.get(theta, slots, i + e);
+                    x.x.v[e] = one.x.v[0];
+#pragma unroll
+                    for (int k = 0; k < 3; ++k) x.s[k].v[e] = one.s[k].v[0];
+                }
+#endif
+        return x;
+    }
+    __device__ void put(long long i, bool even, int n, Pack<real, 2> gradient, Pair x) const {
+#ifdef RULE
+        if (!usual) return;
+        x.step(rule, gradient);
+        if (even)
+            x.put(theta, slots, i / 2);
+        else
+            for (int e = 0; e < 2; ++e)
+                if (e < n) {
+                    const Elements<1> one = {{{x.x.v[e]}}, {{{x.s[0].v[e]}}, {{x.s[1].v[e]}}, {{x.s[2].v[e]}}}};
+                    one.put(theta, slots, i + e);
+                }
+#else
+        if (even)
+            store<2>(g, i / 2, gradient);
+        else
+            for (int e = 0; e < 2; ++e)
+                if (e < n) g[i + e] = gradient.v[e];
 #endif
     }
 };
 
 template <class From>
-__device__ void layer_tile(real* shared, const real* work, const long long* layer, const Matrix<From>& below, int tile,
-                           real scale, int m, const Taken& taken) {
+__device__ __forceinline__ void layer_tile(unsigned char* shared, const real* work, const long long* layer,
+                                           const Matrix<From>& below, int tile, real scale, int m, const Taken& taken) {
     const int n_out = layer[N_OUT], n_in = layer[N_IN], across = layer[TILES_ACROSS];
+    const long long at_W = layer[W_AT], at_b = layer[B_AT];
     const int row = tile / across * TILE::ROWS, column = tile % across * TILE::COLUMNS;
     const Matrix<real> delta(work + layer[DELTA_AT], m, n_out, layer[DELTA_STRIDE]);
-    const bool sums_b = column == 0 && layer[B_AT] >= 0;
-    constexpr int LD = Operand<DOWN, real, TILE::ROWS, TILE::DEPTH, TILE::THREADS>::LD;
+    const bool sums_b = column == 0 && at_b >= 0 && threadIdx.x < TILE::ROWS, even = n_in % 2 == 0;
+    constexpr int LD = Panel<real, DOWN, TILE::ROWS, TILE::DEPTH, TILE::THREADS>::LD;
     real db = 0;
     product<TILE, DOWN, DOWN>(
         shared, delta, below, row, column, m,
         [&](const real* panel) {
-            if (sums_b && threadIdx.x < TILE::ROWS) {
-#pragma unroll
+            if (sums_b) {
+#pragma unroll 16
                 for (int k = 0; k < TILE::DEPTH; ++k) db += panel[k * LD + threadIdx.x];
             }
         },
-        [&](int i, int j, Pack<real, 2> gradient) {
+        [&](int i, int j) {
+            return i < n_out && j < n_in ? taken.get(at_W + (long long)i * n_in + j, even, n_in - j) : typename Taken::Pair();
+        },
+        [&](int i, int j, Pack<real, 2> gradient, const typename Taken::Pair& x) {
             if (i >= n_out || j >= n_in) return;
             gradient.v[0] *= scale;
             gradient.v[1] *= scale;
-            const long long at = layer[W_AT] + (long long)i * n_in + j;
-            if (n_in % 2 == 0)
-                taken(at / 2, gradient);
-            else {
-                taken(at, Pack<real, 1>{{gradient.v[0]}});
-                if (j + 1 < n_in) taken(at + 1, Pack<real, 1>{{gradient.v[1]}});
-            }
+            taken.put(at_W + (long long)i * n_in + j, even, n_in - j, gradient, x);
         });
-    if (sums_b && threadIdx.x < TILE::ROWS && row + threadIdx.x < n_out)
-        taken(layer[B_AT] + row + threadIdx.x, Pack<real, 1>{{db}});
+    if (sums_b && row + threadIdx.x < n_out) {
+        const long long i = at_b + row + threadIdx.x;
+        taken.put(i, false, 1, {{db, 0}}, taken.get(i, false, 1));
+    }
 }
 
 extern "C" __global__ __launch_bounds__(TILE::THREADS) void gradients(
@@ -84,7 +121,7 @@ extern "C" __global__ __launch_bounds__(TILE::THREADS) void gradients(
     const double* rows, int row_size, const real* C, const real* right, const real* w, double* measured,
     unsigned long long* state, int ahead, int m, long long of_theta, long long of_work, long long of_order,
     long long steps) {
-    __shared__ alignas(16) real shared[shared_size<TILE, DOWN, DOWN>()];
+    extern __shared__ __align__(16) unsigned char shared[];
     const int model = blockIdx.z, tile = blockIdx.x;
     const Step step(state, ahead);
     const long long at_work = model * of_work, at = model * of_theta, at_step = model * steps + step.number;
@@ -92,8 +129,12 @@ extern "C" __global__ __launch_bounds__(TILE::THREADS) void gradients(
         add_up(C + at_work, right + at_work, w ? w + at_work : w, measured + 2 * at_step, m);
         return;
     }
-    const Taken taken = {theta + at, g ? g + at : g, s0 ? s0 + at : s0, s1 ? s1 + at : s1, s2 ? s2 + at : s2,
-                         rows + at_step * row_size, step.usual()};
+    const Taken taken = {theta + at, g ? g + at : g, {s0 ? s0 + at : s0, s1 ? s1 + at : s1, s2 ? s2 + at : s2},
+                         step.usual()
+#ifdef RULE
+                         , RULE(rows + at_step * row_size + 3)
+#endif
+    };
     const long long* layer = layers;
     while (tile >= layer[LAYER + FIRST_TILE]) layer += LAYER;
     const int mine = tile - layer[FIRST_TILE], n_in = layer[N_IN];

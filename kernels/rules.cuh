@@ -102,25 +102,28 @@ struct rule_lion {  // s[0]: m
     }
 };
 
-// The step of a rule on the i-th N elements of theta and of the slots, of which some may be null.
-template <class Rule, int N>
-__device__ __forceinline__ void take(const Rule& rule, real* theta, const Pack<real, N>& g, real* s0, real* s1, real* s2,
-                                     long long i) {
-    auto x = load<N>(theta, i);
-    real* const slot[3] = {s0, s1, s2};
-    Pack<real, N> s[3] = {};
+// N neighbours of theta and of the slots, of which some may be null: read, stepped by a rule, written.
+template <int N> struct Elements {
+    Pack<real, N> x, s[3];
+
+    __device__ __forceinline__ void get(const real* theta, real* const (&slots)[3], long long i) {
+        x = load<N>(theta, i);
 #pragma unroll
-    for (int k = 0; k < 3; ++k)
-        if (slot[k]) s[k] = load<N>(slot[k], i);
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-        real mine[3] = {s[0].v[j], s[1].v[j], s[2].v[j]};
-        x.v[j] = rule(x.v[j], g.v[j], mine);
-#pragma unroll
-        for (int k = 0; k < 3; ++k) s[k].v[j] = mine[k];
+        for (int k = 0; k < 3; ++k) s[k] = slots[k] ? load<N>(slots[k], i) : Pack<real, N>();
     }
-    store<N>(theta, i, x);
+    template <class Rule> __device__ __forceinline__ void step(const Rule& rule, const Pack<real, N>& g) {
 #pragma unroll
-    for (int k = 0; k < 3; ++k)
-        if (slot[k]) store<N>(slot[k], i, s[k]);
-}
+        for (int j = 0; j < N; ++j) {
+            real mine[3] = {s[0].v[j], s[1].v[j], s[2].v[j]};
+            x.v[j] = rule(x.v[j], g.v[j], mine);
+#pragma unroll
+            for (int k = 0; k < 3; ++k) s[k].v[j] = mine[k];
+        }
+    }
+    __device__ __forceinline__ void put(real* theta, real* const (&slots)[3], long long i) const {
+        store<N>(theta, i, x);
+#pragma unroll
+        for (int k = 0; k < 3; ++k)
+            if (slots[k]) store<N>(slots[k], i, s[k]);
+    }
+};

@@ -87,8 +87,12 @@ extern "C" __global__ void update(real* __restrict__ theta, const real* __restri
         return;
     }
     const RULE rule(row + 3);
+    real* const slots[3] = {s0, s1, s2};
     over(n, all_aligned(theta, g, s0, s1, s2), [&](long long i, auto pack) {
         constexpr int N = sizeof(pack) / sizeof(real);
-        take(rule, theta, load<N>(g, i), s0, s1, s2, i);
+        Elements<N> x;
+        x.get(theta, slots, i);
+        x.step(rule, load<N>(g, i));
+        x.put(theta, slots, i);
     });
 }

@@ -5,6 +5,7 @@ import ctypes
 import gc
 import importlib
 import importlib.util
+import json
 import pickle
 import re
 import sys
@@ -301,6 +302,9 @@ def test_alignments_are_those_of_the_arrays(fake, library, rng):
     assert len(product.candidates) == 1  # the other one needs 16 bytes
     product.run(0)
     assert case.wrong() is None
+    W, A, Z = (memory.array(n, 4) for memory, n in ((Memory(fake, rng, offset=o), 4) for o in (1, 2, 4)))
+    cublaslt.forward(library, W, A, Z)
+    assert fake.asked[-1][:4] == (4, 8, 16, 16)
     assert [cublaslt._alignment(a) for a in (1 << 20, 256, 128, 48, 6, 3)] == [256, 256, 128, 16, 2, 1]
 
 
@@ -457,6 +461,7 @@ def test_closing_twice(fake, library, rng):
 
 def test_the_stand_in_sees_a_second_destruction(fake, library):
     made = cublaslt.Owned(fake, "cublasLtMatmulPreference")
+    assert not made.close.atexit  # at the end of the process CUDA may be gone
     assert fake.cublasLtMatmulPreferenceDestroy(made.pointer) == 0
     made.close()
     assert "destroyed" in fake.refusals[-1]
@@ -538,7 +543,9 @@ def test_shapes_strides_and_dtypes(fake, library, which):
         lambda M: M[::-1],
         lambda M: M.astype(np.float64),
         lambda M: M.astype(np.uint8),
+        lambda M: M.view(np.int32),  # as long as what is wanted
         lambda M: np.lib.stride_tricks.as_strided(M, M.shape, (6, 4)),
+        lambda M: np.lib.stride_tricks.as_strided(M, M.shape, (22, 4)),  # rows of five and a half
         lambda M: np.lib.stride_tricks.as_strided(M, M.shape, (0, 4)),
         lambda M: np.repeat(M, 2, axis=1)[:, ::2],
     ):
@@ -556,6 +563,7 @@ def test_other_arguments(fake, library):
         lambda: cublaslt.forward(library, W, A, Z, mask=mask),
         lambda: cublaslt.forward(library, W, A, Z, relu=True, mask=mask[:, :8]),
         lambda: cublaslt.forward(library, W, A, Z, relu=True, mask=mask.view(np.int8)),
+        lambda: cublaslt.forward(library, W, A, Z, relu=True, mask=np.asfortranarray(mask)),
         lambda: cublaslt.forward(library, W, A, Z, np.zeros(6, np.float32)),
         lambda: cublaslt.forward(library, W, A, Z, np.zeros(10, np.float32)[::2]),
         lambda: cublaslt.forward(library, W, A, Z, np.zeros(5, np.float64)),
@@ -730,6 +738,128 @@ def test_one_library_a_thread_and_device(fake, monkeypatch):
     assert fake.count("cublasLt") == 3
     for x in (first, second, *found):
         x.close()
+
+
+# ------------------------------------------------------------------------------------------------------ the probe
+
+
+@pytest.fixture(scope="module")
+def gpu_cublaslt():
+    before = sys.path[:]
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    try:
+        import benchmarks.gpu_cublaslt as module
+    finally:
+        sys.path[:] = before
+    return module
+
+
+class Host:
+    """Stands in for the probe's Card: NumPy's arrays, and clocks that say a microsecond."""
+
+    xp, stream = np, types.SimpleNamespace(ptr=9)
+
+    def __init__(self, fake, probe):
+        self.fake, self.probe, self.library = fake, probe, cublaslt.Library(fake, host_address)
+        self.workspace = self.at_boundary((8 << 20,), np.dtype(np.uint8), 256)
+
+    def to_device(self, a):
+        return a
+
+    def at_boundary(self, shape, dtype, boundary):
+        size = int(np.prod(shape)) * dtype.itemsize
+        raw = np.full(size + 512, 0xFF, np.uint8)
+        start = -raw.ctypes.data % 256 + boundary % 256
+        return self.fake.own(raw[start : start + size].view(dtype).reshape(shape))
+
+    def synchronize(self):
+        pass
+
+    def nodes(self, run):
+        return self.probe.Nodes(1, ["gemm"], {})
+
+    def seconds(self, run):
+        run(self.stream.ptr)
+        return 1e-6
+
+    def eager_seconds(self, call):
+        call()
+        return 1e-6
+
+
+def probed(probe, fake, shapes, precisions=tuple(cublaslt.PRECISIONS)):
+    host, results = Host(fake, probe), []
+    fine = probe.probe(results.append, host, shapes, precisions)
+    host.library.close()
+    json.dumps(results)
+    return fine, results
+
+
+def test_probe(fake, gpu_cublaslt, monkeypatch):
+    monkeypatch.setattr(gpu_cublaslt, "OFF_BOUNDARY", ((33, 20, 40), (64, 4)))
+    fine, results = probed(gpu_cublaslt, fake, ((33, 20, 40), (16, 130, 7)))
+    assert fine, [r for r in results if not r.get("right", True) or "error" in r]
+    ours = [r for r in results if r["what"] == "cublaslt"]
+    forms = sum(map(len, gpu_cublaslt.EPILOGUES.values()))
+    # float64 is not at boundaries of 4, where two of four algorithms cannot work
+    assert len(ours) == forms * (4 * (4 * 2 + 4) + 2 * 3)
+    assert all(r["right"] and r["same_bits"] and r["kernels"] == 1 and r["us"] == 1 for r in ours)
+    assert {r["boundary"] for r in ours if r["of"] == 2} == {4}
+    assert sum(r["what"] == "cupy.matmul" for r in results) == 2 * 2 * 3
+    assert max(r["error_Z"] for r in ours if r["precision"] == "tf32" and "error_Z" in r) > 1e-5
+
+
+def test_probe_tells_what_is_not_on_offer(fake, gpu_cublaslt):
+    fine, results = probed(gpu_cublaslt, fake, ((16, 20, 1),), ("float32",))
+    assert fine
+    assert [r["with"] for r in results if "reason" in r] == ["mask", "mask db", "db"]
+
+
+@pytest.mark.parametrize("lie", ["A transposed", "TF32", "no epilogue", "alpha", "mask's ld"])
+def test_probe_tells_what_is_wrong(fake, gpu_cublaslt, monkeypatch, lie):
+    real = cublaslt.Product
+    monkeypatch.setattr(cublaslt, "Product", lambda library, plan, arrays: real(library, LIES[lie](plan), arrays))
+    fine, results = probed(gpu_cublaslt, fake, ((128, 128, 128),), ("float32",))
+    assert not fine
+    assert any("error" in r or r.get("right") is False for r in results)
+
+
+def test_nodes_of_a_graph(gpu_cublaslt):
+    """What the driver is asked, with a driver that knows a graph of two kernels and a memset."""
+    kinds, names = {11: 0, 12: 2, 13: 0}, {501: b"gemm", 502: b"reduce"}
+
+    def nodes(graph, out, count):
+        assert graph.value == 77
+        if out is not None:
+            out[:] = list(kinds)
+        count._obj.value = len(kinds)
+        return 0
+
+    def kind(node, out):
+        out._obj.value = kinds[node.value]
+        return 0
+
+    def parameters(node, out):
+        told = out._obj
+        told.func, told.kernel = (501, None) if node.value == 11 else (None, 502)
+        return 0
+
+    def name(out, function):
+        out._obj.value = names[function.value]
+        return 0
+
+    card = object.__new__(gpu_cublaslt.Card)
+    card.driver = types.SimpleNamespace(
+        cuGraphGetNodes=nodes, cuGraphNodeGetType=kind, cuGraphKernelNodeGetParams_v2=parameters,
+        cuFuncGetName=name, cuKernelGetName=name,
+    )  # fmt: skip
+    assert card._nodes(77) == (2, ["gemm", "reduce"], {"2": 1})
+    card.driver.cuFuncGetName = lambda *a: 500
+    assert card._nodes(77).names == ["unknown: cuFuncGetName: 500", "reduce"]
+    card.driver.cuGraphNodeGetType = lambda *a: 1
+    with pytest.raises(RuntimeError, match="cuGraphNodeGetType: 1"):
+        card._nodes(77)
+    assert ctypes.sizeof(gpu_cublaslt._KernelNodeParams) == 72
 
 
 # ------------------------------------------------------------------------------------------- beside the real library

@@ -1292,7 +1292,7 @@ def test_uninitialised_memory_reads_as_nan_in_a_plain_run():
         ((65535, 65535), (1,), 0, "blocks, too many"),
         ((1, 1, 1, 1), (1,), 0, "grid"),
         ((1,), (), 0, "block"),
-        ((1,), (1,), 48 * 1024 + 1, "49153 bytes of dynamic shared memory, at most 49152"),
+        ((1,), (1,), 227 * 1024 + 1, "232449 bytes of dynamic shared memory, at most 232448"),
     ],
 )
 def test_launches_that_no_gpu_would_take(host, grid, block, shared, told):

@@ -36,8 +36,9 @@ __attribute__((always_inline)) inline void mma_bf16_16x8x16(float (&d)[4], const
                                                             const unsigned (&b)[2], CUDA_ON_CPU_HERE) {
     cuda_on_cpu::multiply(cuda_on_cpu::BF16, d, a, b, at);
 }
-__attribute__((always_inline)) inline void copy_async16(void* to_shared, const void* from_global, CUDA_ON_CPU_HERE) {
-    cuda_on_cpu::begin_copy(to_shared, from_global, at);
+__attribute__((always_inline)) inline void copy_async16(void* to_shared, const void* from_global,
+                                                        int bytes = 16, CUDA_ON_CPU_HERE) {
+    cuda_on_cpu::begin_copy(to_shared, from_global, bytes, at);
 }
 inline void copy_async_commit() { cuda_on_cpu::commit_copies(); }
 template <int N> inline void copy_async_wait() {

@@ -70,7 +70,7 @@ struct Fragments {  // a lane's share of the matrices of d += a b
     unsigned a[4], b[2];
 };
 void multiply_fragments(bool pairs, Fragments*, Place);  // pairs: of bf16, else tf32
-void begin_copy(void* to_shared, const void* from_global, Place);
+void begin_copy(void* to_shared, const void* from_global, int bytes, Place);
 void commit_copies();
 void land_copies(int groups_left);
 [[noreturn]] void stop(const char* why, Place);

@@ -696,7 +696,7 @@ void multiply_fragments(bool pairs, Fragments* mine, Place at) {
 // The source is read when the copy begins, and the destination written at the thread's wait, as late as can be. Between
 // the two nobody may touch the destination.
 namespace {
-Region* end_of_copy(const char* which, const void* p, bool shared, Place at) {
+Region* end_of_copy(const char* which, const void* p, size_t bytes, bool shared, Place at) {
     const uintptr_t address = uintptr_t(p);
     Region* region = region_at(address);
     if (!region || (region->argument < 0) != shared)
@@ -706,18 +706,19 @@ Region* end_of_copy(const char* which, const void* p, bool shared, Place at) {
         fail_and_leave(at, "copy_async16 %s a misaligned address, it needs a multiple of 16: %s", which,
                        describe(address).text);
     const uintptr_t lo = uintptr_t(region->lo), hi = uintptr_t(region->hi);
-    if (address < lo || address + 16 > hi)
-        fail_and_leave(at, "out-of-bounds %s of 16 bytes: %s", shared ? "write" : "read",
+    if (address < lo || address + bytes > hi)
+        fail_and_leave(at, "out-of-bounds %s of %zu bytes: %s", shared ? "write" : "read", bytes,
                        describe(address < lo ? address : std::max(address, hi)).text);
     return region;
 }
 }  // namespace
-void begin_copy(void* to, const void* from, Place at) {
-    Region* region = end_of_copy("to", to, true, at);
-    end_of_copy("from", from, false, at);
+void begin_copy(void* to, const void* from, int bytes, Place at) {
+    if (bytes < 0 || bytes > 16) fail_and_leave(at, "copy_async16 of %d bytes", bytes);
+    Region* region = end_of_copy("to", to, 16, true, at);
+    if (bytes) end_of_copy("from", from, size_t(bytes), false, at);
     Copy copy{static_cast<char*>(to), {}, me()->copy_groups, static_cast<char*>(__builtin_return_address(0)) - 1};
     if (launch->check) {
-        access(uintptr_t(from), sizeof copy.bytes, false, false, __builtin_return_address(0));
+        if (bytes) access(uintptr_t(from), size_t(bytes), false, false, __builtin_return_address(0));
         const Stamp now = stamp(copy.pc, false);
         const size_t offset = size_t(copy.to - region->lo);
         allocating = true;
@@ -732,7 +733,7 @@ void begin_copy(void* to, const void* from, Place at) {
         }
         before = now;
     }
-    memcpy(copy.bytes, from, sizeof copy.bytes);
+    memcpy(copy.bytes, from, size_t(bytes));  // zeros follow
     allocating = true;
     me()->copies.push_back(copy);
     allocating = false;
