@@ -13,7 +13,7 @@ from .costs import MAKERS, Cost
 from .errors import BackendError
 
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.M)
-_KERNEL = re.compile(r'extern "C" __global__ (?:__launch_bounds__\([^)]*\) )?void (\w+)\(([^)]*)\)')
+_KERNEL = re.compile(r'extern "C" __global__ (?:__launch_bounds__\([^()]*\) )?void (\w+)\(([^)]*)\)')
 _TYPES = {
     "unsigned char": np.uint8,
     "int": np.int32,

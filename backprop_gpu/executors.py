@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from . import driver
 from . import plan as plans
 from .activations import Array
 from .costs import Cost
@@ -60,7 +61,7 @@ class Eager:
         self.theta = net.theta[self._start :]
         self.slots = tuple(be.zeros(self.theta.size, net.dtype) for _ in range(rule.slots))
         self.diverged = be.xp.zeros(1, be.xp.int64)
-        self.measured = be.zeros(2 * steps, np.dtype(np.float64)).reshape(steps, 2)
+        self.measured = be.zeros(2 * (steps + 1), np.dtype(np.float64)).reshape(-1, 2)  # one more, to try kernels on
 
     @functools.cached_property
     def batch(self) -> Batch:
@@ -164,7 +165,7 @@ class Graph(Eager):
         n, fused = len(samples), not problem.regularization
         as_bytes = samples.X.dtype == np.uint8
         placed = self.ops.placed(rule, self.slots)
-        self._rows = cp.zeros((steps, self.ops.host_rows(rule, [rule.lr], 1).shape[1]), np.float64)
+        self._rows = cp.zeros((steps + 1, self.ops.host_rows(rule, [rule.lr], 1).shape[1]), np.float64)
         shape = plans.Shape(
             batch_size, batch_size, n, steps, "bytes" if as_bytes else "reals",
             "labels" if samples.T.ndim == 1 else "rows", samples.weights is not None, problem.reduction == "mean",
@@ -197,7 +198,7 @@ class Graph(Eager):
         self.order = self._order[self._half * n : (self._half + 1) * n]
         self.order.set(order)
         self.rows, self.ends, self.t, self._done = self._rows, ends, t, 0
-        self._rows.set(self.ops.host_rows(self.rule, lrs, t))
+        self._rows[: len(lrs)].set(self.ops.host_rows(self.rule, lrs, t))
         self._go_on_from(0)
         decays = max(lrs) * self.rule.weight_decay < 1
         self._ordinary = max(lrs) <= plans.MOST_LR and decays and self.failed is None
@@ -267,7 +268,8 @@ class Graph(Eager):
 
     def _warm_up(self, launches: list[Any]) -> None:
         before = self._state.copy()
-        self._state.set(np.array([0, 1, 0, self.t], np.uint64))
+        spare = len(self._rows) - 1  # a step that is none, which changes nothing
+        self._state.set(np.array([spare, 1, -spare * self.batch_size, self.t], np.int64).view(np.uint64))
         self._enqueue(launches, 0)
         self._advance(0, 0)
         self._state[...] = before
@@ -285,16 +287,22 @@ class Graph(Eager):
             kernel = self.ops.kernel_of(o.file, o.kernel, self.problem.net.dtype, **dict(o.defines))
             given = [_found(vectors, a) for a in o.arguments]
             at = o.arguments.index(plans.AHEAD)
-            if o.shared > 48 << 10:  # what a kernel may have unasked
+            if o.shared > 32 << 10:  # with its static memory it may pass the 48 KiB that it has unasked
                 kernel.function.max_dynamic_shared_size_bytes = o.shared
-            launches.append((kernel.function, o.grid, o.block, self.ops.arguments(kernel, given), at, o.shared))
+            early = plan.early and o.kernel in plans.WAITING
+            arguments = self.ops.arguments(kernel, given)
+            launches.append((kernel.function, o.grid, o.block, arguments, at, o.shared, early))
         return launches
 
     def _enqueue(self, launches: list[Any], ahead: int) -> None:
         """One step, the ahead-th of its recording."""
-        for function, grid, block, arguments, at, shared in launches:
+        stream = self.problem.net.backend.xp.cuda.get_current_stream().ptr
+        for function, grid, block, arguments, at, shared, early in launches:
             arguments[at] = np.int32(ahead)
-            function(grid, block, tuple(arguments), shared_mem=shared)
+            if early:
+                driver.launch_early(function, grid, block, arguments, shared, stream)
+            else:
+                function(grid, block, tuple(arguments), shared_mem=shared)
         if regularization := self.problem.regularization:
             self.ops.regularize(regularization, self.theta, self.is_weight, self.g)
             self.ops.update_step(

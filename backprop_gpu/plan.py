@@ -27,6 +27,7 @@ HUGE = 1e12  # a gradient below it leads to no infinity, at these learning rates
 MOST_LR = 16.0
 ORDINARY = 1e4  # |Z| and |A| of hidden layers beyond it are looked at with care
 STATE, STEP, UNUSUAL, FIRST, T = 4, 0, 1, 2, 3  # as in step.cuh
+WAITING = ("forward", "head", "delta", "gradients")  # kernels that wait by themselves for the one before
 LAYER = 10  # numbers a layer in the table of gradients.cu
 
 
@@ -171,6 +172,7 @@ class Plan:
         self.places, self.parameters = Views.places(net.layers, net.biased, net.dtype)
         self.start = self.places[frozen][0]  # of what is trained
         self.head_makes_product = net.L > 1 and net.layers[-1] <= NARROW
+        self.early = device.arch >= 90  # kernels start before the one before has ended
         self._check()
         self.workspace = self._laid_out()
         self.table, self.tiles, self._tile = self._tiled()
@@ -237,13 +239,12 @@ class Plan:
         for l in trained:
             across, down = tile.blocks(net.layers[l], net.layers[l - 1])
             at_W, at_b = self.places[l - 1]
-            below = (-1, 0) if l == 1 else (self._at("A", l - 1).start, self.strides[l - 1])
+            below = (-1, net.layers[0]) if l == 1 else (self._at("A", l - 1).start, self.strides[l - 1])
             rows.append(
                 (tiles, across, net.layers[l], net.layers[l - 1], at_W - self.start,
                  -1 if at_b is None else at_b - self.start, self._at("Delta", l).start, self.strides[l], *below)
             )  # fmt: skip
             tiles += across * down
-        rows.append((tiles, *(0,) * (LAYER - 1)))
         return np.array(rows, np.int64), tiles, tile
 
     # ----------------------------------------------------------------------------------------------- the operations
@@ -343,13 +344,13 @@ class Plan:
         W, b = self._weight(L) if makes else (None, None)
         kept = self._kept(L - 1) if below else None
         mask = self._at("mask", L - 1) if below and self.dropped[L - 1] else None
-        labels, rows = Place("targets", 0, s.n_data), Place("targets", 0, s.n_data * K)
-        targets = (labels, None) if s.targets == "labels" else (None, rows)
+        labels, whole = Place("targets", 0, s.n_data), Place("targets", 0, s.n_data * K)
+        targets = (labels, None) if s.targets == "labels" else (None, whole)
         weights: Argument = self._at("part" if s.mean else "w", L) if s.weighted else None
         share = 1 / m if s.mean else 1.0
         block = (32, HEAD_WARPS) if K <= LONG_ROW else (256, 1)
         rows = 1 if m <= 2 * self.device.processors else HEAD_WARPS  # of a block at a time
-        each = rows if makes else block[1]
+        each = rows if makes else int(block[1])
         what = f"Z[{L}] = W[{L}] A[{L - 1}]" + (f" + b[{L}]" if b else "") + ", " if makes else ""
         defines = {"REAL": self.real, "ROWS": str(rows), **cuda_source.cost(self.cost), **cuda_source.activation(net.g)}
         defines |= cuda_source.activation(net.f[L - 1] if below else IDENTITY, "BELOW")
@@ -386,22 +387,22 @@ class Plan:
         L, size = net.L, self.parameters - self.start
         as_bytes = s.data == "bytes"
         data = Place("data", 0, s.n_data * net.layers[0])
-        w = self._at("w", L) if s.weighted else None
+        C, right, w = (self._at(name, L).start for name in ("C", "right", "w"))
         theta, g = Place("trained", 0, size), None if self.rule else Place("gradient", 0, size)
         slots = [Place(f"slot {i}", 0, size) if there and self.rule else None for i, there in enumerate(self.slots)]
         weights = sum(net.layers[l] * net.layers[l - 1] for l in range(self.frozen + 1, L + 1))
         sources = sum(net.layers[l] + net.layers[l - 1] for l in range(self.frozen + 1, L + 1))
-        more: dict[str, str] = {"RULE": self.rule} if self.rule else {}
+        more = {"SOURCE": "unsigned char" if as_bytes else "real", **({"RULE": self.rule} if self.rule else {})}
         traffic = 2 * (1 + sum(x is not None for x in slots)) if self.rule else 1
         return Operation(
             f"dW[l], db[l] of l = {self.frozen + 1}..{L}" + (f", {self.rule} of theta" if self.rule else ""),
             "gradients.cu", "gradients", self._product(tile, None, **more), (self.tiles + 1, 1, s.models),
             (tile.threads, 1),
-            (Place("layers", 0, self.table.size), self.tiles, data if as_bytes else None, None if as_bytes else data,
+            (Place("layers", 0, self.table.size), len(self.table), self.tiles, data,
              net.layers[0], *self._order(1), Place("work", 0, self._work), 1 / 255 if as_bytes else 1.0, theta, g,
-             *slots, Place("rows", 0, s.steps * self.row_size) if self.rule else None, self.row_size, self._at("C", L),
-             self._at("right", L), w, Place("measured", 0, 2 * s.steps), Place("state", 0, STATE), AHEAD, s.m,
-             self.parameters, self._work, 2 * s.n_data, s.steps),
+             *slots, Place("rows", 0, (s.steps + 1) * self.row_size) if self.rule else None, self.row_size, C, right,
+             w if s.weighted else -1, Place("measured", 0, 2 * (s.steps + 1)), Place("state", 0, STATE), AHEAD, s.m,
+             self.parameters, self._work, 2 * s.n_data, s.steps + 1),
             2.0 * s.m * weights, (s.m * sources + weights * traffic) * self.item, tile,
             tile.shared("gradients", self.item),
         )  # fmt: skip

@@ -8,7 +8,7 @@
 #include "product.cuh"
 #include "step.cuh"
 
-extern "C" __global__ __launch_bounds__(TILE::THREADS) void delta(
+extern "C" __global__ __launch_bounds__(TILE::THREADS, TILE::ROWS * TILE::COLUMNS <= 4096 ? 2 : 1) void delta(
     const real* above, int above_stride, const real* W, const real* K, const real* mask, real* out, int stride,
     real bound, unsigned long long* state, int ahead, int m, int n, int k, long long of_theta, long long of_work) {
     extern __shared__ __align__(16) unsigned char shared[];
@@ -21,7 +21,7 @@ extern "C" __global__ __launch_bounds__(TILE::THREADS) void delta(
     if (mask) mask += model * of_work;
     bool usual = true;
     product<TILE, ALONG, DOWN>(
-        shared, deltas, weights, row, column, k, Nothing(),
+        shared, deltas, weights, row, column, k, false, Nothing(),
         [&](int i, int j) {  // f'(Z), times the mask
             Pack<real, 2> d = {};
             if (i >= m || j >= n) return d;

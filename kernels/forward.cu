@@ -8,7 +8,7 @@
 #include "product.cuh"
 #include "step.cuh"
 
-extern "C" __global__ __launch_bounds__(TILE::THREADS) void forward(
+extern "C" __global__ __launch_bounds__(TILE::THREADS, TILE::ROWS * TILE::COLUMNS <= 4096 ? 2 : 1) void forward(
     const SOURCE* A, int A_stride, const long long* order, int batch, const real* W, const real* b, real* Z, real* F,
     int stride, real scale, real bound, unsigned long long* state, int ahead, int m, int n, int k, long long of_A,
     long long of_theta, long long of_work, long long of_order) {
@@ -23,7 +23,7 @@ extern "C" __global__ __launch_bounds__(TILE::THREADS) void forward(
     F += model * of_work;
     bool usual = true;
     product<TILE, ALONG, ALONG>(
-        shared, below, weights, row, column, k, Nothing(),
+        shared, below, weights, row, column, k, batch != 0, Nothing(),
         [&](int, int j) { return bias ? get_pair(bias, 0, j, 0, n) : Pack<real, 2>(); },
         [&](int i, int j, const Pack<real, 2>& product, const Pack<real, 2>& of_b) {
             if (i >= m || j >= n) return;

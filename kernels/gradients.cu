@@ -3,8 +3,8 @@
 //
 // A block makes one tile of one dW; the blocks of the first column sum db on the way, and one more block adds up what
 // the step is judged by: measured[step] = sum of w_i C_i (w null: of C_i), sum of right_i. `layers` says for each what
-// layer.. below lists, places counted in reals from the start of `work` or theta. Layer 1 may read the data, bytes or
-// reals, gathered by `order` as in forward.cu. theta, g and the slots begin at the first layer that is trained; `rows`
+// layer.. below lists, places counted in reals from the start of `work` or theta. Layer 1 may read the data, of type
+// SOURCE, gathered by `order` as in forward.cu. theta, g and the slots begin at the first layer that is trained; `rows`
 // are those of update.cu, of `row_size` numbers each. The grid is (tiles + 1, 1, models), then come the distances
 // between models in the data, theta and the slots, the workspace, the orders, and the number of steps that `rows` and
 // `measured` hold for each.
@@ -15,6 +15,8 @@
 #endif
 
 enum { FIRST_TILE, TILES_ACROSS, N_OUT, N_IN, W_AT, B_AT, DELTA_AT, DELTA_STRIDE, A_AT, A_STRIDE, LAYER };  // B_AT may be -1
+
+constexpr int MOST_LAYERS = 8;  // whose table is kept near
 
 __device__ void add_up(const real* C, const real* right, const real* w, double* measured, int m) {
     double cost = 0, hits = 0;
@@ -34,7 +36,7 @@ __device__ void add_up(const real* C, const real* right, const real* w, double* 
 struct Taken {
     real *theta, *g;
     real* slots[3];
-    bool usual;
+    const Step& step;
 #ifdef RULE
     RULE rule;
     using Pair = Elements<2>;
@@ -49,6 +51,7 @@ struct Taken {
         if (even)
             x.get(theta, slots, i / 2);
         else
+#pragma unroll
             for (int e = 0; e < 2; ++e)
                 if (e < n) {
                     Elements<1> one;
@@ -62,11 +65,12 @@ struct Taken {
     }
     __device__ void put(long long i, bool even, int n, Pack<real, 2> gradient, Pair x) const {
 #ifdef RULE
-        if (!usual) return;
+        if (!step.usual()) return;
         x.step(rule, gradient);
         if (even)
             x.put(theta, slots, i / 2);
         else
+#pragma unroll
             for (int e = 0; e < 2; ++e)
                 if (e < n) {
                     const Elements<1> one = {{{x.x.v[e]}}, {{{x.s[0].v[e]}}, {{x.s[1].v[e]}}, {{x.s[2].v[e]}}}};
@@ -76,6 +80,7 @@ struct Taken {
         if (even)
             store<2>(g, i / 2, gradient);
         else
+#pragma unroll
             for (int e = 0; e < 2; ++e)
                 if (e < n) g[i + e] = gradient.v[e];
 #endif
@@ -93,7 +98,7 @@ __device__ __forceinline__ void layer_tile(unsigned char* shared, const real* wo
     constexpr int LD = Panel<real, DOWN, TILE::ROWS, TILE::DEPTH, TILE::THREADS>::LD;
     real db = 0;
     product<TILE, DOWN, DOWN>(
-        shared, delta, below, row, column, m,
+        shared, delta, below, row, column, m, false,
         [&](const real* panel) {
             if (sums_b) {
 #pragma unroll 16
@@ -115,10 +120,10 @@ __device__ __forceinline__ void layer_tile(unsigned char* shared, const real* wo
     }
 }
 
-extern "C" __global__ __launch_bounds__(TILE::THREADS) void gradients(
-    const long long* layers, int tiles, const unsigned char* bytes, const real* reals, int data_stride,
+extern "C" __global__ __launch_bounds__(TILE::THREADS, TILE::ROWS * TILE::COLUMNS < 4096 ? 2 : 1) void gradients(
+    const long long* layers, int n_layers, int tiles, const SOURCE* data, int data_stride,
     const long long* order, int batch, const real* work, real scale, real* theta, real* g, real* s0, real* s1, real* s2,
-    const double* rows, int row_size, const real* C, const real* right, const real* w, double* measured,
+    const double* rows, int row_size, long long C, long long right, long long w, double* measured,
     unsigned long long* state, int ahead, int m, long long of_theta, long long of_work, long long of_order,
     long long steps) {
     extern __shared__ __align__(16) unsigned char shared[];
@@ -126,26 +131,39 @@ extern "C" __global__ __launch_bounds__(TILE::THREADS) void gradients(
     const Step step(state, ahead);
     const long long at_work = model * of_work, at = model * of_theta, at_step = model * steps + step.number;
     if (tile == tiles) {
-        add_up(C + at_work, right + at_work, w ? w + at_work : w, measured + 2 * at_step, m);
+        pdl_wait();
+        pdl_launch();
+        work += at_work;
+        add_up(work + C, work + right, w < 0 ? nullptr : work + w, measured + 2 * at_step, m);
         return;
     }
     const Taken taken = {theta + at, g ? g + at : g, {s0 ? s0 + at : s0, s1 ? s1 + at : s1, s2 ? s2 + at : s2},
-                         step.usual()
+                         step
 #ifdef RULE
                          , RULE(rows + at_step * row_size + 3)
 #endif
     };
-    const long long* layer = layers;
-    while (tile >= layer[LAYER + FIRST_TILE]) layer += LAYER;
+    __shared__ long long table[MOST_LAYERS * LAYER];  // fetched at once: memory is far
+    const bool fits = n_layers <= MOST_LAYERS;
+    if (fits) {
+        for (int i = threadIdx.x; i < n_layers * LAYER; i += TILE::THREADS) table[i] = layers[i];
+        __syncthreads();
+    }
+    const long long* layer = fits ? table : layers;
+    for (int l = 1; l < n_layers && tile >= layer[LAYER + FIRST_TILE]; ++l) layer += LAYER;
     const int mine = tile - layer[FIRST_TILE], n_in = layer[N_IN];
     work += at_work;
     if (order) order += model * of_order;
-    if (layer[A_AT] >= 0)
-        layer_tile(shared, work, layer, Matrix<real>(work + layer[A_AT], m, n_in, layer[A_STRIDE]), mine, 1, m, taken);
-    else if (bytes)
-        layer_tile(shared, work, layer, Matrix<unsigned char>(bytes, m, n_in, data_stride, order, step.first(batch)),
-                   mine, scale, m, taken);
-    else
-        layer_tile(shared, work, layer, Matrix<real>(reals, m, n_in, data_stride, order, step.first(batch)), mine, 1, m,
-                   taken);
+    if constexpr (sizeof(SOURCE) == 1) {
+        if (layer[A_AT] < 0) {
+            const Matrix<SOURCE> batch_of(data, m, n_in, data_stride, order, step.first(batch));
+            layer_tile(shared, work, layer, batch_of, mine, scale, m, taken);
+            return;
+        }
+    }
+    const bool of_data = layer[A_AT] < 0;
+    const real* below = of_data ? reinterpret_cast<const real*>(data) : work + layer[A_AT];
+    layer_tile(shared, work, layer,
+               Matrix<real>(below, m, n_in, layer[A_STRIDE], of_data ? order : nullptr, of_data ? step.first(batch) : 0), mine,
+               real(1), m, taken);
 }

@@ -11,6 +11,7 @@
 // A block of 32 x WARPS threads works on ROWS samples: all threads on each product, a warp on each row of outputs; where
 // rows are long, (256, 1) on one sample at a time. The grid is (blocks, 1, models); then come the distances between
 // models. The host defines ROWS, up to WARPS of them.
+#include "arch.cuh"
 #include "outputs.cuh"
 #include "right.cuh"
 #include "step.cuh"
@@ -22,7 +23,7 @@ constexpr int AT_ONCE = 10;  // outputs whose sums a thread has under way
 // z[row][k] = b_k + W_k . a of ROWS samples from a on, by the whole block.
 template <int N>
 __device__ void affine_rows(const real* a, int stride, int rows, const real* W, const real* b, real (*z)[NARROW], int n,
-                            int K) {
+                            int K, bool& waited) {
     __shared__ real parts[WARPS][ROWS][AT_ONCE];
     const int thread = threadIdx.y * WARP + threadIdx.x, packs = n / N;
     for (int k0 = 0; k0 < K; k0 += AT_ONCE) {
@@ -32,6 +33,11 @@ __device__ void affine_rows(const real* a, int stride, int rows, const real* W, 
 #pragma unroll
             for (int k = 0; k < AT_ONCE; ++k)
                 if (k0 + k < K) w[k] = load<N>(W + (long long)(k0 + k) * n, c);
+            if (!waited) {  // the kernel before writes A, not W
+                pdl_wait();
+                pdl_launch();
+                waited = true;
+            }
 #pragma unroll
             for (int r = 0; r < ROWS; ++r)
                 if (r < rows) x[r] = load<N>(a + (long long)r * stride, c);
@@ -114,7 +120,9 @@ extern "C" __global__ __launch_bounds__(256) void head(
     int by_output, real* Delta, int stride, real* C, real* right, const real* kept, const real* mask, real* below,
     real bound, real bound_below, unsigned long long* state, int ahead, int m, int n, int K, long long of_theta,
     long long of_work, long long of_order) {
-    __shared__ real z_of[ROWS][NARROW], d_of[ROWS][NARROW], y_of[ROWS][NARROW];
+    __shared__ real z_of[ROWS][NARROW];
+    __shared__ real d_of[ROWS][NARROW];
+    __shared__ real y_of[ROWS][NARROW];
     const int model = blockIdx.z;
     const Step step(state, ahead);
     const long long first = batch ? step.first(batch) : 0, work = model * of_work;
@@ -123,7 +131,7 @@ extern "C" __global__ __launch_bounds__(256) void head(
     if (W) W += model * of_theta;
     if (b) b += model * of_theta;
     if (order) order += model * of_order;
-    bool usual = true;
+    bool usual = true, waited = false;
     for (long long i = (long long)blockIdx.x * each; i < m; i += (long long)gridDim.x * each) {
         const int rows = m - i < each ? m - i : each;
         const long long mine = i + row;
@@ -132,10 +140,15 @@ extern "C" __global__ __launch_bounds__(256) void head(
         if (W) {
             __syncthreads();  // the last z and d have been read
             if (wide)
-                affine_rows<WIDE>(A + work + i * A_stride, A_stride, rows, W, b, z_of, n, K);
+                affine_rows<WIDE>(A + work + i * A_stride, A_stride, rows, W, b, z_of, n, K, waited);
             else
-                affine_rows<1>(A + work + i * A_stride, A_stride, rows, W, b, z_of, n, K);
+                affine_rows<1>(A + work + i * A_stride, A_stride, rows, W, b, z_of, n, K, waited);
             __syncthreads();
+        }
+        if (!waited) {
+            pdl_wait();
+            pdl_launch();
+            waited = true;
         }
         if (row < rows) {
             const real* z = W ? z_of[row] : Z + work + mine * stride;

@@ -41,7 +41,7 @@ template <class From> struct Matrix {
                       long long first = 0)
         : data(data), height(height), width(width), stride(stride), rows(rows), first(first),
           wide(stride % (16 / sizeof(From)) == 0 && aligned<16 / sizeof(From)>(data)) {}
-    __device__ long long row(int r) const { return r < height ? (rows ? rows[first + r] : first + r) : 0; }
+    __device__ int row(int r) const { return r < height ? int(rows ? rows[first + r] : first + r) : 0; }
 };
 
 // HEIGHT x WIDTH of a matrix in shared memory, where a row takes LD elements. The gap between rows is such that the
@@ -55,7 +55,7 @@ template <class From_, Way way, int SIDE, int DEPTH, int THREADS> struct Panel {
     static constexpr int I = way == ALONG ? LD : 1, K = way == ALONG ? 1 : LD;  // from (i, k) to its neighbours
     static constexpr bool exact = sizeof(From) == 1;  // whole numbers up to 255
 
-    long long row[COPIES];  // of the data, for the copies that come next
+    int row[COPIES];  // of the data, for the copies that come next
 
     template <class F> __device__ __forceinline__ void each(F f) {
 #pragma unroll
@@ -66,15 +66,16 @@ template <class From_, Way way, int SIDE, int DEPTH, int THREADS> struct Panel {
     }
     // Finds the rows that the panel from (i, k) on is copied from: memory is far, so this goes before.
     __device__ __forceinline__ void find(const Matrix<From>& from, int i, int k) {
-        each([&](long long& at, int r, int) { at = from.row((way == ALONG ? i : k) + r); });
+        each([&](int& at, int r, int) { at = from.row((way == ALONG ? i : k) + r); });
     }
     __device__ __forceinline__ void copy(const Matrix<From>& from, int i, int k, From* to) {
         const int row = way == ALONG ? i : k, column = way == ALONG ? k : i;
-        each([&](long long at, int r, int c) {
+        each([&](int at, int r, int c) {
             const int there = row + r < from.height ? from.width - column - c : 0;  // elements before the edge
-            const From* p = from.data + at * from.stride + column + c;
+            const From* p = from.data + (long long)at * from.stride + column + c;
+            const int elements = there < 0 ? 0 : there < PER ? there : PER;
             if (from.wide)
-                copy_async16(to + r * LD + c, there > 0 ? p : from.data, (there < 0 ? 0 : there < PER ? there : PER) * sizeof(From));
+                copy_async16(to + r * LD + c, elements ? p : from.data, elements * int(sizeof(From)));
             else {
 #pragma unroll
                 for (int e = 0; e < PER; ++e) to[r * LD + c + e] = e < there ? p[e] : From(0);
@@ -181,9 +182,13 @@ struct bf16 {
 // `finish(row, column, pair, more)` gets each two neighbours of C, column even, some of them outside of C; `more` is what
 // `prepare(row, column)` gave for them, before the product where a thread has few of them. `shared` holds
 // `Tile.shared` of plan.py bytes, at a multiple of 16.
+//
+// What the kernel before this one writes is not touched before pdl_wait. That may be one of the operands: B with
+// `early_a`, then prepare comes behind the wait too; else A.
 template <class T, Way WAY_A, Way WAY_B, class FromA, class FromB, class Watch, class Prepare, class Finish>
 __device__ __forceinline__ void product(unsigned char* shared, const Matrix<FromA>& A, const Matrix<FromB>& B, int row,
-                                        int column, int depth, Watch watch, Prepare prepare, Finish finish) {
+                                        int column, int depth, bool early_a, Watch watch, Prepare prepare,
+                                        Finish finish) {
     using OfA = Panel<FromA, WAY_A, T::ROWS, T::DEPTH, T::THREADS>;
     using OfB = Panel<FromB, WAY_B, T::COLUMNS, T::DEPTH, T::THREADS>;
     constexpr int STAGES = T::STAGES;
@@ -214,20 +219,32 @@ __device__ __forceinline__ void product(unsigned char* shared, const Matrix<From
         a[s].find(A, row, s * T::DEPTH);
         b[s].find(B, column, s * T::DEPTH);
     }
+    decltype(prepare(0, 0)) more[EARLY ? PAIRS : 1];
+    auto prepare_early = [&] {
+        if constexpr (EARLY) {
+#pragma unroll
+            for (int p = 0; p < PAIRS; ++p)
+                if (is_pair(p)) more[p] = prepare(pair_row(p), pair_column(p));
+        }
+    };
+    auto copy_stage = [&](int s, bool of_A) {
+        if (s * T::DEPTH >= depth) return;
+        if (of_A)
+            a[s].copy(A, row, s * T::DEPTH, of_a(s));
+        else
+            b[s].copy(B, column, s * T::DEPTH, of_b(s));
+    };
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s) copy_stage(s, early_a);
+    if (!early_a) prepare_early();
+    pdl_wait();
+    pdl_launch();
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) {
-        if (s * T::DEPTH < depth) {
-            a[s].copy(A, row, s * T::DEPTH, of_a(s));
-            b[s].copy(B, column, s * T::DEPTH, of_b(s));
-        }
+        copy_stage(s, !early_a);
         copy_async_commit();
     }
-    decltype(prepare(0, 0)) more[EARLY ? PAIRS : 1];
-    if constexpr (EARLY) {
-#pragma unroll
-        for (int p = 0; p < PAIRS; ++p)
-            if (is_pair(p)) more[p] = prepare(pair_row(p), pair_column(p));
-    }
+    if (early_a) prepare_early();
     Sums<T::M, T::N> acc = {};
     OfA& next_a = a[STAGES - 1];
     OfB& next_b = b[STAGES - 1];

@@ -27,6 +27,8 @@ import kernels_on_cpu
 import numpy as np
 
 DEVICE_NAME = b"Fake GPU"
+# CUDA's numbers of attributes: capability 8.0, processors, clocks (kHz) of them and of the memory, bits of its bus.
+ATTRIBUTES = {75: 8, 76: 0, 16: 4, 13: 1_000_000, 36: 1_000_000, 37: 1024}
 
 
 class Counts:
@@ -877,6 +879,7 @@ def module():
             driverGetVersion=lambda: 13000,
             runtimeGetVersion=lambda: 13000,
             getDeviceProperties=lambda index: {"name": DEVICE_NAME},
+            deviceGetAttribute=lambda attribute, index: ATTRIBUTES[attribute],
         ),
     )
     return cupy
