@@ -61,7 +61,7 @@ def launch_early(
         three(*grid, *(1,) * (3 - len(grid))), three(*block, *(1,) * (3 - len(block))), shared, stream,
         ctypes.pointer(attribute), 1,
     )  # fmt: skip
-    code = library().cuLaunchKernelEx(ctypes.byref(config), function.ptr, places, None)
+    code = library().cuLaunchKernelEx(ctypes.byref(config), function.kernel.ptr, places, None)
     if code:
         raise RuntimeError(f"cuLaunchKernelEx: CUDA error {code}")
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from . import driver
+from . import cublaslt, driver
 from . import plan as plans
 from .activations import Array
 from .costs import Cost
-from .errors import ConfigError
+from .errors import BackendError, ConfigError
 from .inputs import Samples
 from .network import Batch, Network, Views, backward, forward
 from .optimizers import Optimizer
@@ -152,7 +152,8 @@ class Graph(Eager):
     During an epoch nothing waits for the device. A step whose numbers are out of the ordinary (see kernels/step.cuh)
     changes nothing, and neither do those after it; at the end of the epoch, or at once where it is `watched`, that step
     is taken eagerly, which tells whether the run diverges, and the rest follows. Where recording fails, steps are eager
-    from there on, with a warning. Raises plan.Unplanned.
+    from there on, with a warning. Products of wide layers are cuBLASLt's where it offers them (see `plan`): they are
+    bound, and run once, when the plan is made. Raises plan.Unplanned.
     """
 
     rung = "graph"
@@ -175,22 +176,80 @@ class Graph(Eager):
         make = functools.partial(
             plans.Plan, net, problem.cost, device=device, arithmetic=plans.arithmetic_of(net.precision, device),
             rule=self.ops.rule_name(rule) if fused else None, slots=[s is not None for s in placed],
-            row_size=self._rows.shape[1], frozen=problem.frozen, seed=seed,
+            row_size=self._rows.shape[1], frozen=problem.frozen, seed=seed, library=self._offers,
         )  # fmt: skip
         self._plan_of = functools.cache(lambda m: make(shape=dataclasses.replace(shape, m=m)))
-        self.plan = self._plan_of(batch_size)
+        self._library: cublaslt.Library | str | None = None  # or why there is none; None: nobody has asked yet
+        self._products: dict[plans.LibraryProduct, cublaslt.Product] = {}
         self._order = cp.zeros(2 * n, np.int64)
         self._state = cp.zeros(plans.STATE, np.uint64)
         self._vectors: dict[str, Any] = {
             "data": samples.X.reshape(-1), "targets": samples.T.reshape(-1), "weights": samples.weights,
             "theta": net.theta, "trained": self.theta, "gradient": None if fused else self.g,
-            "work": cp.zeros(self.plan.workspace.size, net.dtype), "order": self._order, "state": self._state,
+            "order": self._order, "state": self._state,
             "rows": self._rows.reshape(-1), "measured": self.measured.reshape(-1),
             **{f"slot {i}": s for i, s in enumerate(placed)},
         }  # fmt: skip
+        try:
+            self.plan = self._plan_of(batch_size)
+        except BaseException:
+            self._let_go()
+            raise
+        self._place_work(self.plan)
         self._graphs: dict[tuple[int, int], Any] = {}
         self._half = 0
         self.failed: str | None = None
+
+    def _place_work(self, plan: plans.Plan) -> None:
+        """Its workspace, which is that of all sizes of batches."""
+        if "work" not in self._vectors:
+            net = self.problem.net
+            self._vectors["work"] = net.backend.xp.zeros(plan.workspace.size, net.dtype)
+
+    def _offers(self, plan: plans.Plan, wanted: plans.LibraryProduct) -> str | None:
+        """Bind a product of the plan and run it once, on whatever there is; else why cuBLASLt does not make it."""
+        if self._library is None:
+            try:
+                self._library = cublaslt.Library()
+            except BackendError as e:
+                self._library = e.cause
+        if isinstance(self._library, str):
+            return self._library
+        self._place_work(plan)
+        self._vectors["gradient"] = self.g
+        try:
+            product = self._bind(self._library, wanted)
+        except cublaslt.CublasLtError as e:
+            return e.cause
+        if product.reason is None:
+            try:
+                product.run(self.problem.net.backend.xp.cuda.get_current_stream().ptr)
+            except cublaslt.CublasLtError as e:
+                product.close()
+                return e.cause
+            self._products[wanted] = product
+        return product.reason
+
+    @functools.cached_property
+    def _space(self) -> Array:
+        """What cuBLASLt may work in."""
+        most, boundary = cublaslt.WORKSPACE_BYTES, cublaslt.ALIGNMENT
+        raw = self.problem.net.backend.xp.empty(most + boundary, np.uint8)
+        start = -raw.data.ptr % boundary
+        return raw[start : start + most]
+
+    def _bind(self, library: cublaslt.Library, wanted: plans.LibraryProduct) -> cublaslt.Product:
+        def view(of: plans.Matrix) -> Array:
+            return _found(self._vectors, of.place).reshape(of.rows, of.columns)
+
+        a, b, out = map(view, wanted.arrays)
+        vector = _found(self._vectors, wanted.vector)
+        how: dict[str, Any] = {"precision": wanted.precision, "workspace": self._space}
+        if wanted.name == "forward":
+            return cublaslt.forward(library, a, b, out, vector, "RELU" in wanted.epilogue, **how)
+        if wanted.name == "hidden_delta":
+            return cublaslt.hidden_delta(library, a, b, out, **how)
+        return cublaslt.weight_gradient(library, a, b, out, vector, **how)
 
     def begin(self, order: np.ndarray, ends: Sequence[int], lrs: Sequence[float], t: int) -> None:
         """As `Eager.begin`, into buffers that stay where they are."""
@@ -249,15 +308,15 @@ class Graph(Eager):
         """That many steps of m samples, recorded when they are first asked for."""
         if (m, steps) not in self._graphs:
             cp = self.problem.net.backend.xp
-            launches = self._launches(m)
+            self._launches(m)
             if m not in {size for size, _ in self._graphs}:  # compile and run everything once; theta stays as it is
-                self._warm_up(launches)
+                self._warm_up(m)
             stream = cp.cuda.Stream(non_blocking=True)
             with stream, cp.cuda.using_allocator(_refuse):
                 stream.begin_capture()
                 try:
                     for ahead in range(steps):
-                        self._enqueue(launches, ahead)
+                        self._enqueue(m, ahead)
                     self._advance(steps, self.batch_size - m)
                 except BaseException:
                     with contextlib.suppress(Exception):
@@ -266,45 +325,57 @@ class Graph(Eager):
                 self._graphs[m, steps] = stream.end_capture()
         return self._graphs[m, steps]
 
-    def _warm_up(self, launches: list[Any]) -> None:
+    def _warm_up(self, m: int) -> None:
         before = self._state.copy()
         spare = len(self._rows) - 1  # a step that is none, which changes nothing
         self._state.set(np.array([spare, 1, -spare * self.batch_size, self.t], np.int64).view(np.uint64))
-        self._enqueue(launches, 0)
+        self._enqueue(m, 0)
         self._advance(0, 0)
         self._state[...] = before
 
     @functools.cached_property
     def _launches(self) -> Any:
-        """For a number of samples: the kernels of its plan, each with the arguments that stay."""
+        """For a number of samples: the products of its plan, and its kernels, each with the arguments that stay."""
         return functools.cache(self._bound)
 
     def _bound(self, m: int) -> list[Any]:
         plan, cp = self._plan_of(m), self.problem.net.backend.xp
         vectors = {**self._vectors, "layers": cp.asarray(plan.table.reshape(-1))}
-        launches = []
+        launches: list[Any] = []
+        after_kernel = True  # which alone is what a kernel may overlap
         for o in plan.operations:
+            if isinstance(o, plans.LibraryProduct):
+                launches.append(self._products[o])
+                after_kernel = False
+                continue
             kernel = self.ops.kernel_of(o.file, o.kernel, self.problem.net.dtype, **dict(o.defines))
             given = [_found(vectors, a) for a in o.arguments]
-            at = o.arguments.index(plans.AHEAD)
+            at = o.arguments.index(plans.AHEAD) if plans.AHEAD in o.arguments else None
             if o.shared > 32 << 10:  # with its static memory it may pass the 48 KiB that it has unasked
                 kernel.function.max_dynamic_shared_size_bytes = o.shared
-            early = plan.early and o.kernel in plans.WAITING
+            early = plan.early and o.kernel in plans.WAITING and after_kernel
+            after_kernel = True
             arguments = self.ops.arguments(kernel, given)
             launches.append((kernel.function, o.grid, o.block, arguments, at, o.shared, early))
         return launches
 
-    def _enqueue(self, launches: list[Any], ahead: int) -> None:
-        """One step, the ahead-th of its recording."""
+    def _enqueue(self, m: int, ahead: int) -> None:
+        """One step of m samples, the ahead-th of its recording."""
         stream = self.problem.net.backend.xp.cuda.get_current_stream().ptr
-        for function, grid, block, arguments, at, shared, early in launches:
-            arguments[at] = np.int32(ahead)
+        for launch in self._launches(m):
+            if isinstance(launch, cublaslt.Product):
+                launch.run(stream)
+                continue
+            function, grid, block, arguments, at, shared, early = launch
+            if at is not None:
+                arguments[at] = np.int32(ahead)
             if early:
                 driver.launch_early(function, grid, block, arguments, shared, stream)
             else:
                 function(grid, block, tuple(arguments), shared_mem=shared)
-        if regularization := self.problem.regularization:
-            self.ops.regularize(regularization, self.theta, self.is_weight, self.g)
+        if self._plan_of(m).rule is None:
+            if regularization := self.problem.regularization:
+                self.ops.regularize(regularization, self.theta, self.is_weight, self.g)
             self.ops.update_step(
                 self.rule, self.theta, self.g, self.slots, self._rows, self.measured, None, self._state, ahead
             )
@@ -317,6 +388,13 @@ class Graph(Eager):
         """Wait for what was launched: then graphs and what they work on may go."""
         self.problem.net.backend.xp.cuda.get_current_stream().synchronize()
         self._graphs.clear()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Give back what cuBLASLt made."""
+        self._products.clear()
+        if isinstance(self._library, cublaslt.Library):
+            self._library.close()
 
 
 def _refuse(size: int) -> Any:

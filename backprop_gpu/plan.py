@@ -1,21 +1,22 @@
 """The plan of a training step on a GPU: its operations, which kernel does each, and where everything lies.
 
 A step is a handful of kernels (`kernels/forward.cu`, `head.cu`, `delta.cu`, `gradients.cu`), in which the elementwise
-work follows the matrix product that it belongs to. Here they are chosen, for shapes, arithmetic and device; nothing
-here touches a GPU. `executors.Graph` runs the plan.
+work follows the matrix product that it belongs to. Products of wide layers may be cuBLASLt's, with kernels for what
+goes before and after them; gradients are stored then, and an update follows. Here they are chosen, for shapes,
+arithmetic and device; nothing here touches a GPU. `executors.Graph` runs the plan.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import cuda_source, dropout
-from .activations import IDENTITY, Activation
+from .activations import HIDDEN, IDENTITY, Activation
 from .costs import Cost
 from .network import Views
 
@@ -29,6 +30,18 @@ ORDINARY = 1e4  # |Z| and |A| of hidden layers beyond it are looked at with care
 STATE, STEP, UNUSUAL, FIRST, T = 4, 0, 1, 2, 3  # as in step.cuh
 WAITING = ("forward", "head", "delta", "gradients")  # kernels that wait by themselves for the one before
 LAYER = 10  # numbers a layer in the table of gradients.cu
+THREADS, MOST_BLOCKS, MOST_PARTS, CHUNK, FILLED = 256, 1024, 256, 256, 128  # of elementwise kernels, as in cuda_ops
+
+
+class Wide(NamedTuple):
+    """From which width of a layer, the smaller one of both sides, and number of samples on its products are wide."""
+
+    width: int
+    samples: int
+
+
+# Which products cuBLASLt is asked for, by precision. To be set by measurement; bf16 wants copies of its operands first.
+WIDE: dict[str, Wide] = {"float32": Wide(512, 1024), "tf32": Wide(512, 1024), "float64": Wide(512, 1024)}
 
 
 class Device(NamedTuple):
@@ -72,7 +85,7 @@ class Tile(NamedTuple):
 
         a = panel(kernel != "gradients", self.rows)
         b = panel(kernel == "forward", self.columns)
-        joined = self.deep * self.rows * self.columns if self.deep > 1 else 0
+        joined = self.deep * self.rows * (self.columns + 8)
         return item * max(self.stages * (a + b), joined)
 
     def __str__(self) -> str:
@@ -106,6 +119,32 @@ class Operation:
     bytes: float = 0.0
     tile: Tile | None = None
     shared: int = 0  # bytes of dynamic shared memory
+
+
+class Matrix(NamedTuple):
+    """A row-major array, one row right after the other."""
+
+    place: Place
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class LibraryProduct:
+    """A product of cuBLASLt: the function of that name in `cublaslt`, on these three arrays and a vector.
+
+    `epilogue`: what it is asked to do besides, as cublasLt.h calls it; `vector` is the bias that it adds or sums.
+    """
+
+    equation: str
+    name: str  # forward, hidden_delta, weight_gradient
+    layer: int  # whose Z, Delta or dW it makes
+    arrays: tuple[Matrix, Matrix, Matrix]
+    vector: Place | None
+    epilogue: str
+    precision: str
+    flop: float
+    bytes: float
 
 
 @dataclass(frozen=True)
@@ -147,7 +186,9 @@ class Plan:
     """The operations of a training step, in order. Raises Unplanned where the kernels cannot do what is asked.
 
     `rule`: the name of the optimizer's struct in rules.cuh, None where the gradient is to be stored; `slots`: for each
-    of the three that a rule may have, whether it has it; `row_size`: numbers in a step's row.
+    of the three that a rule may have, whether it has it; `row_size`: numbers in a step's row. `library`, given the plan
+    once its workspace is laid out, and a product, says why cuBLASLt does not make it, None if it does; the plan asks
+    for wide products. Where it gets one, its `rule` is None whatever was given. `notes`: products that it did not get.
     """
 
     def __init__(
@@ -162,6 +203,7 @@ class Plan:
         row_size: int = 0,
         frozen: int = 0,
         seed: int = 0,
+        library: Callable[[Plan, LibraryProduct], str | None] | None = None,
     ) -> None:
         self.net, self.cost, self.shape, self.device, self.arithmetic = net, cost, shape, device, arithmetic
         self.rule, self.slots, self.row_size, self.frozen, self.seed = rule, tuple(slots), row_size, frozen, seed
@@ -174,9 +216,14 @@ class Plan:
         self.head_makes_product = net.L > 1 and net.layers[-1] <= NARROW
         self.early = device.arch >= 90  # kernels start before the one before has ended
         self._check()
+        self.precision = precision_of(arithmetic, self.real)
+        self._library, self._refused = library, dict[str, list[str]]()
         self.workspace = self._laid_out()
+        self.products = {(p.name, p.layer): p for p in self._asked()}
+        if self.products:
+            self.rule = None
         self.table, self.tiles, self._tile = self._tiled()
-        self.operations: list[Operation] = list(self._operations())
+        self.operations: list[Operation | LibraryProduct] = list(self._operations())
 
     # ------------------------------------------------------------------------------------------------ what is where
 
@@ -210,6 +257,11 @@ class Plan:
         work.take("Delta", net.L, m * self.strides[-1])
         for name in ("C", "right", "w", "part"):
             work.take(name, net.L, m)
+        if self._is_wide(1, m):
+            work.take("A", 0, m * net.layers[0])
+        if wide := [l for l in range(1, net.L + 1) if self._is_wide(l, m)]:
+            most = max(max(net.layers[l], net.layers[l - 1]) for l in wide)
+            work.take("sums", 0, min(-(-m // CHUNK), MOST_PARTS) * most)
         return work
 
     def _at(self, name: str, l: int) -> Place:
@@ -232,11 +284,11 @@ class Plan:
     def _tiled(self) -> tuple[np.ndarray, int, Tile]:
         """The table of gradients.cu, how many tiles there are, and the tile."""
         net, m = self.net, self.shape.m
-        trained = range(self.frozen + 1, net.L + 1)
-        products = [(net.layers[l], net.layers[l - 1], m) for l in trained]
+        mine = self._own_gradients()
+        products = [(net.layers[l], net.layers[l - 1], m) for l in mine]
         tile = choose_tile("gradients", products, self.arithmetic, self.real, self.device)
         rows, tiles = [], 0
-        for l in trained:
+        for l in mine:
             across, down = tile.blocks(net.layers[l], net.layers[l - 1])
             at_W, at_b = self.places[l - 1]
             below = (-1, net.layers[0]) if l == 1 else (self._at("A", l - 1).start, self.strides[l - 1])
@@ -245,24 +297,196 @@ class Plan:
                  -1 if at_b is None else at_b - self.start, self._at("Delta", l).start, self.strides[l], *below)
             )  # fmt: skip
             tiles += across * down
-        return np.array(rows, np.int64), tiles, tile
+        return np.array(rows, np.int64).reshape(-1, LAYER), tiles, tile
+
+    def _own_gradients(self) -> list[int]:
+        """The layers whose dW is gradients.cu's."""
+        return [l for l in range(self.frozen + 1, self.net.L + 1) if ("weight_gradient", l) not in self.products]
+
+    # ---------------------------------------------------------------------------------------- what cuBLASLt is asked
+
+    def _is_wide(self, l: int, m: int) -> bool:
+        """Whether the products with W[l] on m samples are cuBLASLt's, if it offers them."""
+        limit, n, k = WIDE.get(self.precision), self.net.layers[l], self.net.layers[l - 1]
+        dense = self.strides[l] == n and (l == 1 or self.strides[l - 1] == k)  # elementwise kernels know no gaps
+        return (
+            self._library is not None and self.shape.models == 1 and dense
+            and limit is not None and min(n, k) >= limit.width and m >= limit.samples
+        )  # fmt: skip
+
+    def _asked(self) -> Iterator[LibraryProduct]:
+        """The products that cuBLASLt makes."""
+        L, trained, m = self.net.L, range(self.frozen + 1, self.net.L + 1), self.shape.m
+        deltas = set()  # whose db comes with Delta[l]
+        for l in range(1, L + 1):
+            if self._is_wide(l, m) and not (l == L and self.head_makes_product):
+                yield from self._first_offered(self._forwards(l))
+        for l in self._deltas():
+            if self._is_wide(l + 1, m):
+                for product in self._first_offered([self._product_of("hidden_delta", l, "DEFAULT", None)]):
+                    deltas.add(l)
+                    yield product
+        for l in trained:
+            if self._is_wide(l, m):
+                b = self.places[l - 1][1]
+                db = None if b is None or l in deltas else Place("gradient", b - self.start, self.net.layers[l])
+                ways = [("BGRADB", db), ("DEFAULT", None)] if db else [("DEFAULT", None)]
+                yield from self._first_offered([self._product_of("weight_gradient", l, *way) for way in ways])
+
+    def _first_offered(self, ways: Sequence[LibraryProduct]) -> Iterator[LibraryProduct]:
+        """The first of several ways to make a product that the library offers, if there is one."""
+        assert self._library is not None
+        for product in ways:
+            if (reason := self._library(self, product)) is None:
+                yield product
+                return
+            told = f"{product.name} of layer {product.layer} ({product.epilogue})"
+            self._refused.setdefault(reason, []).append(told)
+
+    def _forwards(self, l: int) -> list[LibraryProduct]:
+        """The ways to make Z[l] or A[l], the one with the most in its epilogue first."""
+        net, b = self.net, self._weight(l)[1]
+        f = IDENTITY if l == net.L else net.f[l]
+        in_place = l == net.L or self._at("Z", l) == self._at("F", l)
+        epilogues: list[tuple[str, Place | None]] = [("DEFAULT", None)]
+        # Of a NaN the library's ReLU may make 0: only where dW tells of the infinity that it came from.
+        if f == HIDDEN["relu"] and in_place and l > self.frozen:
+            epilogues.insert(0, ("RELU_BIAS" if b else "RELU", b))
+        elif b and (f == IDENTITY or not in_place):
+            epilogues.insert(0, ("BIAS", b))
+        return [self._product_of("forward", l, *way) for way in epilogues]
+
+    def _product_of(self, name: str, l: int, epilogue: str, vector: Place | None) -> LibraryProduct:
+        net, m = self.net, self.shape.m
+        above = l + 1 if name == "hidden_delta" else l  # whose W it is
+        n, k = net.layers[above], net.layers[above - 1]
+        W = Matrix(self._weight(above)[0], n, k)
+
+        def rows(array: str, of: int) -> Matrix:
+            return Matrix(Place("work", self._at(array, of).start, m * net.layers[of]), m, net.layers[of])
+
+        if name == "forward":
+            what, arrays = f"Z[{l}] = W[{l}] A[{l - 1}]", (W, rows("A", l - 1), rows("Z", l))
+            if vector:
+                what += f" + b[{l}]"
+            if "RELU" in epilogue:
+                what += f", A[{l}] = relu(Z[{l}])"
+        elif name == "hidden_delta":
+            what, arrays = f"W[{above}]^T Delta[{above}]", (W, rows("Delta", above), rows("Delta", l))
+        else:
+            dW = Matrix(Place("gradient", W.place.start - self.start, n * k), n, k)
+            what, arrays = f"dW[{l}] = Delta[{l}] A[{l - 1}]^T", (rows("Delta", l), rows("A", l - 1), dW)
+            if vector:
+                what += f", db[{l}]"
+        return LibraryProduct(
+            what, name, l, arrays, vector, epilogue, self.precision, 2.0 * m * n * k, (m * (n + k) + n * k) * self.item
+        )
 
     # ----------------------------------------------------------------------------------------------- the operations
 
-    def _operations(self) -> Iterator[Operation]:
+    def _operations(self) -> Iterator[Operation | LibraryProduct]:
         L = self.net.L
         if self.shape.weighted:
             yield self._shares()
+        if {("forward", 1), ("weight_gradient", 1)} & set(self.products):
+            yield self._gather()
         for l in range(1, L):
-            yield self._forward(l)
+            yield from self._layer(l)
             if self.dropped[l]:
                 yield self._drop(l)
         if not self.head_makes_product:
-            yield self._forward(L)
+            yield from self._layer(L)
         yield self._head()
-        for l in range(L - 1 - (self._head_below() is not None), self.frozen, -1):
-            yield self._delta(l)
+        for l in self._deltas():
+            if product := self.products.get(("hidden_delta", l)):
+                yield product
+                yield from self._slope(l)
+            else:
+                yield self._delta(l)
+        for l in range(self.frozen + 1, L + 1):
+            if product := self.products.get(("weight_gradient", l)):
+                yield product
+                summed = product.vector or ("hidden_delta", l) in self.products
+                if not summed and self.places[l - 1][1] is not None:
+                    yield from self._sums(l, "column_sums", f"db[{l}]", {})
         yield self._gradients()
+
+    def _deltas(self) -> range:
+        """The layers whose Delta is made from the one above by a product of its own."""
+        return range(self.net.L - 1 - (self._head_below() is not None), self.frozen, -1)
+
+    def _layer(self, l: int) -> Iterator[Operation | LibraryProduct]:
+        """Z[l] and A[l], before dropout."""
+        product = self.products.get(("forward", l))
+        if product is None:
+            yield self._forward(l)
+            return
+        yield product
+        net, (m, n) = self.net, product.arrays[2][1:]
+        Z, F = self._at("Z", l), self._at("Z" if l == net.L else "F", l)
+        b = None if product.vector else self._weight(l)[1]
+        f = IDENTITY if l == net.L or product.epilogue.startswith("RELU") else net.f[l]
+        if b is None and f == IDENTITY:
+            return
+        yield Operation(
+            ", ".join([f"Z[{l}] += b[{l}]"] * (b is not None) + [f"A[{l}] = {f.name}(Z[{l}])"] * (l < net.L)),
+            "activate.cu", "bias_activate", tuple({"REAL": self.real, **cuda_source.activation(f)}.items()),
+            self._blocks(m * n), (THREADS, 1),
+            (b, Place("work", Z.start, m * n), Place("work", F.start, m * n), m, n),
+            bytes=float((2 + (Z != F)) * m * n * self.item),
+        )  # fmt: skip
+
+    def _blocks(self, size: int) -> tuple[int, int, int]:
+        """The grid of a walk over `size` reals, 16 bytes a thread and step."""
+        return max(1, min(-(-size * self.item // (16 * THREADS)), MOST_BLOCKS)), 1, 1
+
+    def _gather(self) -> Operation:
+        """The step's rows of the data, as reals."""
+        s, n = self.shape, self.net.layers[0]
+        kind = "bytes" if s.data == "bytes" else "reals"
+        return Operation(
+            "A[0] = the step's rows of the data" + (" / 255" if kind == "bytes" else ""),
+            "gather.cu", f"step_gather_{kind}", (("REAL", self.real),), self._blocks(s.m * n), (THREADS, 1),
+            (Place("data", 0, s.n_data * n), *self._order(1), Place("work", self._at("A", 0).start, s.m * n),
+             Place("state", 0, STATE), AHEAD, s.m, n, self._work, 2 * s.n_data),
+            bytes=float(s.m * n * (self.item + (1 if kind == "bytes" else self.item))),
+        )  # fmt: skip
+
+    def _slope(self, l: int) -> Iterator[Operation]:
+        """Delta[l] from the product that lies there already, and db[l] if its dW is the library's."""
+        net, f = self.net, self.net.f[l]
+        mask = self._at("mask", l) if self.dropped[l] else None
+        sums = ("weight_gradient", l) in self.products and self.places[l - 1][1] is not None
+        if f.derivative is None and mask is None:  # f' = 1
+            if sums:
+                yield from self._sums(l, "column_sums", f"db[{l}]", {})
+            return
+        size = self.shape.m * net.layers[l]
+        before = [Place("work", at.start, size) if at else None for at in (self._kept(l), mask)]
+        what = f"Delta[{l}] = {f.name}'(Z[{l}]) ⊙ that" + (f", db[{l}]" if sums else "")
+        yield from self._sums(l, "hidden_delta", what, cuda_source.activation(f), before, sums)
+
+    def _sums(
+        self, l: int, kernel: str, what: str, defines: dict[str, str], before: Sequence[Place | None] = (),
+        sums: bool = True,
+    ) -> Iterator[Operation]:  # fmt: skip
+        """A kernel that sums Delta[l], or what it makes of it, down its columns into db[l], in one launch or two."""
+        m, n = self.shape.m, self.net.layers[l]
+        cut, at_b = strips(m, n, self.item), self.places[l - 1][1]
+        db = Place("gradient", at_b - self.start, n) if sums and at_b is not None else None
+        partial = Place("work", self._at("sums", 0).start, cut.chunks * n) if db and cut.chunks > 1 else db
+        yield Operation(
+            what, f"{kernel}.cu", kernel, tuple({"REAL": self.real, **defines}.items()),
+            (cut.across, cut.chunks, 1), (32, 16),
+            (*before, Place("work", self._at("Delta", l).start, m * n), partial, m, n, cut.chunk_rows, int(cut.wide)),
+            bytes=float((1 + (len(before) > 0) + sum(x is not None for x in before)) * m * n * self.item),
+        )  # fmt: skip
+        if partial != db:
+            yield Operation(
+                f"db[{l}], of {cut.chunks} parts", "column_sums.cu", "column_sums", (("REAL", self.real),),
+                (cut.across, 1, 1), (32, 16), (partial, db, cut.chunks, n, cut.chunks, int(cut.wide)),
+                bytes=float((cut.chunks + 1) * n * self.item),
+            )  # fmt: skip
 
     def _order(self, l: int) -> tuple[Argument, ...]:
         """order and batch, of what reads the data in layer 1."""
@@ -390,12 +614,15 @@ class Plan:
         C, right, w = (self._at(name, L).start for name in ("C", "right", "w"))
         theta, g = Place("trained", 0, size), None if self.rule else Place("gradient", 0, size)
         slots = [Place(f"slot {i}", 0, size) if there and self.rule else None for i, there in enumerate(self.slots)]
-        weights = sum(net.layers[l] * net.layers[l - 1] for l in range(self.frozen + 1, L + 1))
-        sources = sum(net.layers[l] + net.layers[l - 1] for l in range(self.frozen + 1, L + 1))
+        mine = self._own_gradients()
+        weights = sum(net.layers[l] * net.layers[l - 1] for l in mine)
+        sources = sum(net.layers[l] + net.layers[l - 1] for l in mine)
+        of = f"{self.frozen + 1}..{L}" if len(mine) == L - self.frozen else ", ".join(map(str, mine))
         more = {"SOURCE": "unsigned char" if as_bytes else "real", **({"RULE": self.rule} if self.rule else {})}
         traffic = 2 * (1 + sum(x is not None for x in slots)) if self.rule else 1
         return Operation(
-            f"dW[l], db[l] of l = {self.frozen + 1}..{L}" + (f", {self.rule} of theta" if self.rule else ""),
+            (f"dW[l], db[l] of l = {of}" if mine else "sums of C and of what is right")
+            + (f", {self.rule} of theta" if self.rule else ""),
             "gradients.cu", "gradients", self._product(tile, None, **more), (self.tiles + 1, 1, s.models),
             (tile.threads, 1),
             (Place("layers", 0, self.table.size), len(self.table), self.tiles, data,
@@ -424,15 +651,31 @@ class Plan:
         d = self.device
         if not (d.rate and d.bandwidth):
             return None
-        return sum(max(o.flop / (d.rate * SPEED[self.arithmetic]), o.bytes / d.bandwidth) for o in self.operations)
+        return sum(max(o.flop / (d.rate * self._speed(o)), o.bytes / d.bandwidth) for o in self.operations)
+
+    def _speed(self, o: Operation | LibraryProduct) -> float:
+        if isinstance(o, LibraryProduct):
+            return SPEED["tf32" if o.precision == "tf32" else "ffma"]
+        return SPEED[self.arithmetic]
+
+    @property
+    def notes(self) -> list[str]:
+        """What cuBLASLt was asked for in vain, a line a reason."""
+        return [f"not cuBLASLt's: {', '.join(names)}: {reason}" for reason, names in self._refused.items()]
 
     def describe(self) -> str:
         """A line an operation: what it computes, its kernel, tile and grid, FLOP and bytes; then the sums."""
         lines = []
         for o in self.operations:
-            how = f"{o.kernel}, {self.arithmetic} {o.tile}" if o.tile else o.kernel
-            grid = " x ".join(map(str, o.grid))
+            if isinstance(o, LibraryProduct):
+                how, grid = f"cuBLASLt, {o.precision} {o.epilogue}", ""
+            else:
+                how = f"{o.kernel}, {self.arithmetic} {o.tile}" if o.tile else o.kernel
+                grid = " x ".join(map(str, o.grid))
             lines.append(f"{o.equation:64} {how:44} {grid:>14}  {o.flop / 1e6:10.1f} MFLOP {o.bytes / 1e6:8.2f} MB")
+        if self.rule is None:
+            lines.append("then survey and update: the gradient is stored")
+        lines += self.notes
         floor = self.floor()
         lines.append(
             f"{len(self.operations)} nodes a step, {self.flop / 1e6:.1f} MFLOP, {self.bytes / 1e6:.2f} MB, "
@@ -447,6 +690,28 @@ def arithmetic_of(precision: str, device: Device) -> str:
     if precision == "float64" or device.arch < 80:
         return "ffma"
     return {"float32": "tf32x2"}.get(precision, precision)
+
+
+def precision_of(arithmetic: str, real: str) -> str:
+    """The precision of `cublaslt` that stands for an arithmetic."""
+    return "float64" if real == "double" else {"ffma": "float32", "tf32x2": "float32"}.get(arithmetic, arithmetic)
+
+
+class Strips(NamedTuple):
+    """How a matrix is cut for a sum down its columns: strips of columns, chunks of rows."""
+
+    across: int
+    chunks: int
+    chunk_rows: int
+    wide: bool  # 16 bytes a thread, not one number
+
+
+def strips(m: int, n: int, item: int) -> Strips:
+    """As in cuda_ops."""
+    chunk_rows = -(-m // min(-(-m // CHUNK), MOST_PARTS))
+    chunks, width = -(-m // chunk_rows), 16 // item
+    wide = n % width == 0 and chunks * n >= FILLED * 32 * width
+    return Strips(min(-(-n // (32 * width if wide else 32)), MOST_BLOCKS), chunks, chunk_rows, wide)
 
 
 class Unplanned(Exception):  # noqa: N818 - an answer, not an error

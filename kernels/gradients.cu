@@ -16,7 +16,7 @@
 
 enum { FIRST_TILE, TILES_ACROSS, N_OUT, N_IN, W_AT, B_AT, DELTA_AT, DELTA_STRIDE, A_AT, A_STRIDE, LAYER };  // B_AT may be -1
 
-constexpr int MOST_LAYERS = 8;  // whose table is kept near
+constexpr int MOST_LAYERS = 8, MOST_NEAR = 1024;  // layers and samples that are looked up in advance
 
 __device__ void add_up(const real* C, const real* right, const real* w, double* measured, int m) {
     double cost = 0, hits = 0;
@@ -36,52 +36,44 @@ __device__ void add_up(const real* C, const real* right, const real* w, double* 
 struct Taken {
     real *theta, *g;
     real* slots[3];
-    const Step& step;
+    Step step;
 #ifdef RULE
     RULE rule;
-    using Pair = Elements<2>;
+    using Quad = Elements<4>;
 #else
-    struct Pair {};
+    struct Quad {};
 #endif
 
-    // The pair at i, i + 1 of theta, in one access where `even`, as far as there are `n` of them.
-    __device__ Pair get(long long i, bool even, int n) const {
-        Pair x = {};
+    // What is at i .. i + 3 of theta and of the slots, one access each where `whole`.
+    __device__ __forceinline__ Quad get(long long i, bool whole) const {
+        Quad x = {};
 #ifdef RULE
-        if (even)
-            x.get(theta, slots, i / 2);
-        else
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-                if (e < n) {
-                    Elements<1> one;
-                    one.get(theta, slots, i + e);
-                    x.x.v[e] = one.x.v[0];
-#pragma unroll
-                    for (int k = 0; k < 3; ++k) x.s[k].v[e] = one.s[k].v[0];
-                }
+        if (whole) x.get(theta, slots, i / 4);
 #endif
         return x;
     }
-    __device__ void put(long long i, bool even, int n, Pack<real, 2> gradient, Pair x) const {
+    // The gradient of i .. i + n - 1 is there; `x` counts where it is whole.
+    __device__ __forceinline__ void put(long long i, bool whole, int n, const Pack<real, 4>& gradient, Quad x) const {
 #ifdef RULE
         if (!step.usual()) return;
-        x.step(rule, gradient);
-        if (even)
-            x.put(theta, slots, i / 2);
-        else
-#pragma unroll
-            for (int e = 0; e < 2; ++e)
-                if (e < n) {
-                    const Elements<1> one = {{{x.x.v[e]}}, {{{x.s[0].v[e]}}, {{x.s[1].v[e]}}, {{x.s[2].v[e]}}}};
-                    one.put(theta, slots, i + e);
-                }
+        if (whole) {
+            x.step(rule, gradient);
+            x.put(theta, slots, i / 4);
+        } else {
+#pragma unroll 1
+            for (int e = 0; e < n; ++e) {
+                Elements<1> one;
+                one.get(theta, slots, i + e);
+                one.step(rule, {{e == 0 ? gradient.v[0] : e == 1 ? gradient.v[1] : e == 2 ? gradient.v[2] : gradient.v[3]}});
+                one.put(theta, slots, i + e);
+            }
+        }
 #else
-        if (even)
-            store<2>(g, i / 2, gradient);
+        if (whole)
+            store<4>(g, i / 4, gradient);
         else
 #pragma unroll
-            for (int e = 0; e < 2; ++e)
+            for (int e = 0; e < 4; ++e)
                 if (e < n) g[i + e] = gradient.v[e];
 #endif
     }
@@ -94,30 +86,29 @@ __device__ __forceinline__ void layer_tile(unsigned char* shared, const real* wo
     const long long at_W = layer[W_AT], at_b = layer[B_AT];
     const int row = tile / across * TILE::ROWS, column = tile % across * TILE::COLUMNS;
     const Matrix<real> delta(work + layer[DELTA_AT], m, n_out, layer[DELTA_STRIDE]);
-    const bool sums_b = column == 0 && at_b >= 0 && threadIdx.x < TILE::ROWS, even = n_in % 2 == 0;
+    const bool sums_b = column == 0 && at_b >= 0 && threadIdx.x < TILE::ROWS;
     constexpr int LD = Panel<real, DOWN, TILE::ROWS, TILE::DEPTH, TILE::THREADS>::LD;
     real db = 0;
     product<TILE, DOWN, DOWN>(
-        shared, delta, below, row, column, m, false,
+        shared, delta, below, row, column, m, true,
         [&](const real* panel) {
             if (sums_b) {
-#pragma unroll 16
+#pragma unroll 8
                 for (int k = 0; k < TILE::DEPTH; ++k) db += panel[k * LD + threadIdx.x];
             }
         },
         [&](int i, int j) {
-            return i < n_out && j < n_in ? taken.get(at_W + (long long)i * n_in + j, even, n_in - j) : typename Taken::Pair();
+            return taken.get(at_W + (long long)i * n_in + j, i < n_out && whole_quad(j, n_in, n_in));
         },
-        [&](int i, int j, Pack<real, 2> gradient, const typename Taken::Pair& x) {
+        [&](int i, int j, Pack<real, 4> gradient, const typename Taken::Quad& x) {
             if (i >= n_out || j >= n_in) return;
-            gradient.v[0] *= scale;
-            gradient.v[1] *= scale;
-            taken.put(at_W + (long long)i * n_in + j, even, n_in - j, gradient, x);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) gradient.v[e] *= scale;
+            const int n = n_in - j < 4 ? n_in - j : 4;
+            taken.put(at_W + (long long)i * n_in + j, whole_quad(j, n_in, n_in), n, gradient, x);
         });
-    if (sums_b && row + threadIdx.x < n_out) {
-        const long long i = at_b + row + threadIdx.x;
-        taken.put(i, false, 1, {{db, 0}}, taken.get(i, false, 1));
-    }
+    if (sums_b && row + threadIdx.x < n_out)
+        taken.put(at_b + row + threadIdx.x, false, 1, {{db, 0, 0, 0}}, typename Taken::Quad());
 }
 
 extern "C" __global__ __launch_bounds__(TILE::THREADS, TILE::ROWS * TILE::COLUMNS < 4096 ? 2 : 1) void gradients(
@@ -143,27 +134,35 @@ extern "C" __global__ __launch_bounds__(TILE::THREADS, TILE::ROWS * TILE::COLUMN
                          , RULE(rows + at_step * row_size + 3)
 #endif
     };
-    __shared__ long long table[MOST_LAYERS * LAYER];  // fetched at once: memory is far
+    __shared__ long long table[MOST_LAYERS * LAYER];  // fetched at once, as the first samples' rows: memory is far
+    __shared__ int near[MOST_NEAR];
+    if (order) order += model * of_order;
     const bool fits = n_layers <= MOST_LAYERS;
-    if (fits) {
+    const long long first = step.first(batch);
+    const int n_near = order ? m < MOST_NEAR ? m : MOST_NEAR : 0;
+    if (fits)
         for (int i = threadIdx.x; i < n_layers * LAYER; i += TILE::THREADS) table[i] = layers[i];
-        __syncthreads();
-    }
+    for (int i = threadIdx.x; i < n_near; i += TILE::THREADS) near[i] = order[first + i];
+    __syncthreads();
     const long long* layer = fits ? table : layers;
     for (int l = 1; l < n_layers && tile >= layer[LAYER + FIRST_TILE]; ++l) layer += LAYER;
     const int mine = tile - layer[FIRST_TILE], n_in = layer[N_IN];
     work += at_work;
-    if (order) order += model * of_order;
     if constexpr (sizeof(SOURCE) == 1) {
         if (layer[A_AT] < 0) {
-            const Matrix<SOURCE> batch_of(data, m, n_in, data_stride, order, step.first(batch));
+            Matrix<SOURCE> batch_of(data, m, n_in, data_stride, order, first);
+            batch_of.near = near;
+            batch_of.n_near = n_near;
             layer_tile(shared, work, layer, batch_of, mine, scale, m, taken);
             return;
         }
     }
     const bool of_data = layer[A_AT] < 0;
     const real* below = of_data ? reinterpret_cast<const real*>(data) : work + layer[A_AT];
-    layer_tile(shared, work, layer,
-               Matrix<real>(below, m, n_in, layer[A_STRIDE], of_data ? order : nullptr, of_data ? step.first(batch) : 0), mine,
-               real(1), m, taken);
+    Matrix<real> sources(below, m, n_in, layer[A_STRIDE], of_data ? order : nullptr, of_data ? first : 0);
+    if (of_data) {
+        sources.near = near;
+        sources.n_near = n_near;
+    }
+    layer_tile(shared, work, layer, sources, mine, real(1), m, taken);
 }

@@ -26,6 +26,7 @@ def _numpy_unless_a_test_says_otherwise(monkeypatch):
     """Also in the processes that tests start; so the suite means the same on a machine with a GPU."""
     monkeypatch.setenv("BACKPROP_GPU_BACKEND", "numpy")
     monkeypatch.delenv("BACKPROP_GPU_DEVICE", raising=False)
+    monkeypatch.delenv("BACKPROP_GPU_EXECUTOR", raising=False)
 
 
 def real_gpu():

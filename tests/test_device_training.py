@@ -1,4 +1,6 @@
-"""Training on the CuPy backend beside NumPy, step by step; after the first step it allocates and copies nothing."""
+"""Training on the CuPy backend beside NumPy, step by step, eagerly and by graphs; what a step leaves on the device."""
+
+import contextlib
 
 import fake_cupy
 import numpy as np
@@ -9,12 +11,13 @@ import backprop_gpu as bp
 from backprop_gpu.activations import HIDDEN, OUTPUT
 from backprop_gpu.backend import is_cupy, to_host
 from backprop_gpu.costs import COSTS, choose_cost
-from backprop_gpu.executors import Eager, Problem
+from backprop_gpu.executors import Eager, Graph, Problem
 from backprop_gpu.inputs import Samples
 from backprop_gpu.optimizers import OPTIMIZERS, choose_optimizer
 from backprop_gpu.regularization import Regularization
 
 PAIRS = [(c.name, g) for c in COSTS.values() for g in OUTPUT if c.outputs is None or g in c.outputs]
+EXECUTORS = [pytest.param(Eager, id="eager"), pytest.param(Graph, id="graph")]
 SETTINGS = [
     {},
     {"layers": [20, 5]},
@@ -44,7 +47,7 @@ def device(request):
             yield "cupy"
 
 
-def executor(backend, rule, precision="float64", layers=(20, 13, 5), m=24, **more):
+def executor(how, backend, rule, precision="float64", layers=(20, 13, 5), m=24, **more):
     """An executor over 60 samples, the same on every backend."""
     rng = np.random.default_rng(0)
     K = layers[-1] if isinstance(layers[-1], int) else layers[-1].width
@@ -67,62 +70,102 @@ def executor(backend, rule, precision="float64", layers=(20, 13, 5), m=24, **mor
             net, cost, samples.on(net.backend.asarray), more.pop("reduction", "mean"),
             frozen=more.pop("frozen", 0), regularization=Regularization(**more),
         )  # fmt: skip
-        return Eager(problem, rule, m, seed=7, steps=3)
+        return how(problem, rule, m, seed=7, steps=-(-60 // m))
 
 
-def ten_steps(device, rule, together, rtol, **settings):
-    """Ten steps on both backends, on batches of 24, 24 and 12; with `together`, each begins where NumPy's is."""
-    its, mine = executor(device, rule, **settings), executor("numpy", rule, **settings)
-    be = its.problem.net.backend
-    order = np.random.default_rng(1).permutation(60)
-    lrs = [rule.lr, 0.5 * rule.lr, 0.1 * rule.lr]
-    ends = [0, 24, 48, 60]
+def ten_steps(how, device, rule, together, rtol, ends=(0, 24, 48, 60), shuffled=True, factors=(1, 0.5, 0.1), **settings):
+    """Ten steps on both backends, in epochs of these batches; with `together`, each begins where NumPy's is.
+
+    A graph that updates in the kernel that makes the gradient stores none: then the rest is compared.
+    """
+    largest = max(np.diff(ends))
+    its, mine = (executor(*which, rule, m=largest, **settings) for which in ((how, device), (Eager, "numpy")))
+    be, ends, steps = its.problem.net.backend, list(ends), len(ends) - 1
+    has_gradient = how is Eager or bool(its.problem.regularization)
+    order = np.random.default_rng(1).permutation(60) if shuffled else np.arange(60)
+    lrs = [factor * rule.lr for factor in factors[:steps]]
     atol = rtol if rtol < 1e-9 else 10 * rtol
-    with be.active():
+    with be.active(), contextlib.closing(its):
         for step in range(10):
-            i = step % 3
+            i = step % steps
             if i == 0:
                 for run in (its, mine):
                     run.begin(order, ends, lrs, step + 1)
             if together:
                 for d, h in zip((its.theta, *its.slots), (mine.theta, *mine.slots), strict=True):
                     d[...] = be.asarray(h)
-            measured = np.zeros(2), be.zeros(2, np.dtype(np.float64))
-            assert mine.step(i, ends[i], ends[i + 1], measured[0])
-            assert its.step(i, ends[i], ends[i + 1], measured[1])
-            np.testing.assert_allclose(to_host(measured[1])[0], measured[0][0], rtol=10 * rtol)
-            assert to_host(measured[1])[1] == measured[0][1]
-            for d, h in zip((its.g, its.theta, *its.slots), (mine.g, mine.theta, *mine.slots), strict=True):
+            assert mine.run(i, 1, True) == 1
+            assert its.run(i, 1, True) == 1
+            measured = to_host(its.measured)[i], mine.measured[i]
+            np.testing.assert_allclose(measured[0][0], measured[1][0], rtol=10 * rtol)
+            assert measured[0][1] == measured[1][1]
+            pairs = [(its.g, mine.g)] * has_gradient
+            for d, h in zip((its.theta, *its.slots), (mine.theta, *mine.slots), strict=True):
+                pairs.append((d, h))
+            for d, h in pairs:
                 np.testing.assert_allclose(to_host(d), h, rtol=rtol, atol=atol)
+            if i == steps - 1:
+                its.finish()
         assert int(its.diverged[0]) == 0
+        if how is Graph:
+            assert its.failed is None
+            assert "batch" not in vars(its)  # no step was taken eagerly
     return its
 
 
+@pytest.mark.parametrize("how", EXECUTORS)
 @pytest.mark.parametrize("rule", [bp.SGD(0.5), bp.AdamW(1e-2, weight_decay=0.1)], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=repr)
-def test_ten_steps_of_every_kind_of_network(device, settings, rule):
-    ten_steps(device, rule, together=True, rtol=1e-11, **settings)
+def test_ten_steps_of_every_kind_of_network(device, settings, rule, how):
+    ten_steps(how, device, rule, together=True, rtol=1e-11, **settings)
 
 
+@pytest.mark.parametrize("how", EXECUTORS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_ten_steps_of_every_optimizer(device, name):
-    ten_steps(device, choose_optimizer(name), together=True, rtol=1e-9)
+def test_ten_steps_of_every_optimizer(device, name, how):
+    ten_steps(how, device, choose_optimizer(name), together=True, rtol=1e-9)
 
 
+@pytest.mark.parametrize("how", EXECUTORS)
+@pytest.mark.parametrize(
+    "rule",
+    [bp.SGD(0.1, momentum=0.9, nesterov=True, weight_decay=0.1), bp.RMSProp(1e-3, momentum=0.9, centered=True),
+     bp.RMSProp(1e-3, momentum=0.9), bp.Adam(1e-3, amsgrad=True, weight_decay=0.1)],
+    ids=repr,
+)  # fmt: skip
+def test_ten_steps_of_optimizers_with_more_slots(device, rule, how):
+    ten_steps(how, device, rule, together=True, rtol=1e-9)
+
+
+@pytest.mark.parametrize("how", EXECUTORS)
 @pytest.mark.parametrize(("cost", "g"), PAIRS)
-def test_ten_steps_of_every_cost(device, cost, g):
-    ten_steps(device, bp.SGD(0.1), together=True, rtol=1e-10, cost=cost, output=g)
+def test_ten_steps_of_every_cost(device, cost, g, how):
+    ten_steps(how, device, bp.SGD(0.1), together=True, rtol=1e-10, cost=cost, output=g)
 
 
+@pytest.mark.parametrize("how", EXECUTORS)
+@pytest.mark.parametrize(
+    "batches",
+    [{"ends": (0, 24, 36, 60)}, {"ends": (0, 12, 36, 60)}, {"ends": (0, 60)}, {"shuffled": False},
+     {"ends": (0, 1, 31, 60)}, {"ends": (0, 25, 50, 60)}, {"ends": tuple(range(61)), "factors": (1,) * 60}],
+    ids=repr,
+)  # fmt: skip
+@pytest.mark.parametrize("more", [{}, {"weights": True, "dropout": 0.3, "l2": 0.1}], ids=repr)
+def test_ten_steps_on_batches_of_every_kind(device, batches, more, how):
+    """A smaller batch in the middle, first or last, one of all samples, of one sample each; the order of the data."""
+    ten_steps(how, device, bp.Adam(1e-2), together=True, rtol=1e-9, **batches, **more)
+
+
+@pytest.mark.parametrize("how", EXECUTORS)
 @pytest.mark.parametrize("settings", SETTINGS, ids=repr)
 @pytest.mark.parametrize(("precision", "rtol"), [("float64", 1e-11), ("float32", 3e-5)])
-def test_the_whole_way_of_plain_sgd(device, settings, precision, rtol):
+def test_the_whole_way_of_plain_sgd(device, settings, precision, rtol, how):
     """Nothing is set back: after ten steps of their own, theta and every gradient on the way are the same."""
-    ten_steps(device, bp.SGD(0.1), together=False, rtol=rtol, precision=precision, **settings)
+    ten_steps(how, device, bp.SGD(0.1), together=False, rtol=rtol, precision=precision, **settings)
 
 
 def test_everything_of_a_step_stays_on_the_device(device):
-    its = ten_steps(device, bp.Adam(1e-3), together=True, rtol=1e-9, dropout=0.5)
+    its = ten_steps(Eager, device, bp.Adam(1e-3), together=True, rtol=1e-9, dropout=0.5)
     b, g = its.batch, its.gradient
     arrays = [*b.Z, *b.A, *b.F, *b.Delta, *b.mask, b.C, *g.W, *g.b, its.theta, *its.slots, its.rows, its.order]
     there = [a for a in arrays if a is not None]
@@ -138,7 +181,9 @@ def test_everything_of_a_step_stays_on_the_device(device):
      {"l1": 0.1, "l2": 0.1, "clip_norm": 1.0, "clip_value": 0.1}, {"precision": "float64"}, {"rows": True}],
     ids=repr,
 )  # fmt: skip
-def test_after_the_first_step_nothing_is_allocated_and_nothing_crosses_the_bus(settings, rng):
+def test_after_the_first_step_nothing_is_allocated_and_nothing_crosses_the_bus(settings, rng, monkeypatch):
+    """Of a run that is eager; test_graph.py says it of graphs."""
+    monkeypatch.setenv("BACKPROP_GPU_EXECUTOR", "eager")
     settings = dict(settings)
     X, T = rng.integers(0, 256, (103, 20)).astype(np.uint8), rng.integers(0, 5, 103)
     if settings.pop("rows", False):
@@ -178,7 +223,9 @@ def test_the_counts_see_what_they_should():
         assert (of.allocations, of.to_host) == (before[0] + 2, before[1] + 1)
 
 
-def test_the_same_seed_gives_the_same_bits(device, rng):
+@pytest.mark.parametrize("how", ["eager", "graph"])
+def test_the_same_seed_gives_the_same_bits(device, rng, how, monkeypatch):
+    monkeypatch.setenv("BACKPROP_GPU_EXECUTOR", how)
     X, T = rng.integers(0, 256, (103, 20)).astype(np.uint8), rng.integers(0, 5, 103)
     thetas = []
     for _ in range(2):

@@ -39,11 +39,11 @@ def peak_of_a_step(m, width, hidden="relu", cost="cross_entropy", g="softmax", r
     measured = np.zeros((4, 2))
     orders = [rng.permutation(2 * m)[:size] for size in (m, m, m // 3, m)]
     with np.errstate(all="ignore"):
-        executor.begin(orders[0], [1e-4], 1)
+        executor.begin(orders[0], [0, len(orders[0])], [1e-4], 1)
         executor.step(0, 0, len(orders[0]), measured[0])
         tracemalloc.start()
         for t in range(1, 4):
-            executor.begin(orders[t], [1e-4], t + 1)
+            executor.begin(orders[t], [0, len(orders[t])], [1e-4], t + 1)
             executor.step(0, 0, len(orders[t]), measured[t])
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
