@@ -77,16 +77,17 @@ class Tile(NamedTuple):
         """How many across and down make m x n."""
         return -(-n // self.columns), -(-m // self.rows)
 
-    def shared(self, kernel: str, item: int) -> int:
-        """Bytes of shared memory that `product.cuh` takes, for numbers of `item` bytes."""
+    def shared(self, kernel: str, item: int, source: int = 0) -> int:
+        """Bytes of shared memory that `product.cuh` takes, for numbers of `item` bytes, the data's of `source`."""
 
-        def panel(along: bool, side: int) -> int:
-            return side * (self.depth + 4) if along else self.depth * (side + 8)
+        def panel(along: bool, side: int, size: int) -> int:
+            height, width = (side, self.depth) if along else (self.depth, side)
+            return size * height * (width + (16 if size == 1 else 4 if along else 8))
 
-        a = panel(kernel != "gradients", self.rows)
-        b = panel(kernel == "forward", self.columns)
-        joined = self.deep * self.rows * (self.columns + 8)
-        return item * max(self.stages * (a + b), joined)
+        a = panel(kernel != "gradients", self.rows, source or item if kernel == "forward" else item)
+        b = panel(kernel == "forward", self.columns, item)
+        joined = item * self.deep * self.rows * (self.columns + 8)
+        return max(self.stages * (a + b), joined)
 
     def __str__(self) -> str:
         return f"Tile<{', '.join(map(str, self))}>"
@@ -521,7 +522,7 @@ class Plan:
              0 if from_data else self._work, self.parameters, self._work, 2 * s.n_data),
             2.0 * m * n * k,
             m * k * (1 if as_bytes else self.item) + (n * k + m * n * (1 + (Z != F))) * self.item,
-            tile, tile.shared("forward", self.item),
+            tile, tile.shared("forward", self.item, as_bytes),
         )  # fmt: skip
 
     def _bound_Z(self, l: int) -> float:

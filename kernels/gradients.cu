@@ -17,6 +17,7 @@
 enum { FIRST_TILE, TILES_ACROSS, N_OUT, N_IN, W_AT, B_AT, DELTA_AT, DELTA_STRIDE, A_AT, A_STRIDE, LAYER };  // B_AT may be -1
 
 constexpr int MOST_LAYERS = 8, MOST_NEAR = 1024;  // layers and samples that are looked up in advance
+constexpr int MOST_NUMBERS = 16;                  // of a rule
 
 __device__ void add_up(const real* C, const real* right, const real* w, double* measured, int m) {
     double cost = 0, hits = 0;
@@ -36,9 +37,8 @@ __device__ void add_up(const real* C, const real* right, const real* w, double* 
 struct Taken {
     real *theta, *g;
     real* slots[3];
-    Step step;
+    const real* numbers;  // the rule's, of this step
 #ifdef RULE
-    RULE rule;
     using Quad = Elements<4>;
 #else
     struct Quad {};
@@ -55,7 +55,7 @@ struct Taken {
     // The gradient of i .. i + n - 1 is there; `x` counts where it is whole.
     __device__ __forceinline__ void put(long long i, bool whole, int n, const Pack<real, 4>& gradient, Quad x) const {
 #ifdef RULE
-        if (!step.usual()) return;
+        const RULE rule(numbers);
         if (whole) {
             x.step(rule, gradient);
             x.put(theta, slots, i / 4);
@@ -81,34 +81,48 @@ struct Taken {
 
 template <class From>
 __device__ __forceinline__ void layer_tile(unsigned char* shared, const real* work, const long long* layer,
-                                           const Matrix<From>& below, int tile, real scale, int m, const Taken& taken) {
+                                           const Matrix<From>& below, int tile, real scale, int m, const Step& step,
+                                           const Taken& taken) {
     const int n_out = layer[N_OUT], n_in = layer[N_IN], across = layer[TILES_ACROSS];
     const long long at_W = layer[W_AT], at_b = layer[B_AT];
     const int row = tile / across * TILE::ROWS, column = tile % across * TILE::COLUMNS;
     const Matrix<real> delta(work + layer[DELTA_AT], m, n_out, layer[DELTA_STRIDE]);
-    const bool sums_b = column == 0 && at_b >= 0 && threadIdx.x < TILE::ROWS;
+    // db: GROUPS of threads add up every GROUPS-th row of a panel each; then their sums are joined in order.
     constexpr int LD = Panel<real, DOWN, TILE::ROWS, TILE::DEPTH, TILE::THREADS>::LD;
+    constexpr int GROUPS = TILE::THREADS / TILE::ROWS;
+    static_assert(GROUPS * TILE::ROWS == TILE::THREADS, "each thread sums one column");
+    const int group = threadIdx.x / TILE::ROWS, unit = threadIdx.x % TILE::ROWS;
+    const bool sums_b = column == 0 && at_b >= 0;
+    bool usual = false;
     real db = 0;
     product<TILE, DOWN, DOWN>(
-        shared, delta, below, row, column, m, true,
+        shared, delta, below, row, column, m, true, [&] { usual = step.usual(); },
         [&](const real* panel) {
             if (sums_b) {
 #pragma unroll 8
-                for (int k = 0; k < TILE::DEPTH; ++k) db += panel[k * LD + threadIdx.x];
+                for (int k = group; k < TILE::DEPTH; k += GROUPS) db += panel[k * LD + unit];
             }
         },
         [&](int i, int j) {
             return taken.get(at_W + (long long)i * n_in + j, i < n_out && whole_quad(j, n_in, n_in));
         },
         [&](int i, int j, Pack<real, 4> gradient, const typename Taken::Quad& x) {
-            if (i >= n_out || j >= n_in) return;
+            if (i >= n_out || j >= n_in || !usual) return;
 #pragma unroll
             for (int e = 0; e < 4; ++e) gradient.v[e] *= scale;
             const int n = n_in - j < 4 ? n_in - j : 4;
             taken.put(at_W + (long long)i * n_in + j, whole_quad(j, n_in, n_in), n, gradient, x);
         });
-    if (sums_b && row + threadIdx.x < n_out)
-        taken.put(at_b + row + threadIdx.x, false, 1, {{db, 0, 0, 0}}, typename Taken::Quad());
+    if (sums_b) {
+        real* parts = reinterpret_cast<real*>(shared);
+        __syncthreads();  // the product is read
+        parts[threadIdx.x] = db;
+        __syncthreads();
+        if (threadIdx.x < TILE::ROWS && row + unit < n_out && usual) {
+            for (int part = 1; part < GROUPS; ++part) db += parts[part * TILE::ROWS + unit];
+            taken.put(at_b + row + unit, false, 1, {{db, 0, 0, 0}}, typename Taken::Quad());
+        }
+    }
 }
 
 extern "C" __global__ __launch_bounds__(TILE::THREADS, TILE::ROWS * TILE::COLUMNS < 4096 ? 2 : 1) void gradients(
@@ -128,22 +142,22 @@ extern "C" __global__ __launch_bounds__(TILE::THREADS, TILE::ROWS * TILE::COLUMN
         add_up(work + C, work + right, w < 0 ? nullptr : work + w, measured + 2 * at_step, m);
         return;
     }
-    const Taken taken = {theta + at, g ? g + at : g, {s0 ? s0 + at : s0, s1 ? s1 + at : s1, s2 ? s2 + at : s2},
-                         step
-#ifdef RULE
-                         , RULE(rows + at_step * row_size + 3)
-#endif
-    };
-    __shared__ long long table[MOST_LAYERS * LAYER];  // fetched at once, as the first samples' rows: memory is far
+    // Memory is far: what is needed of it is fetched at once, here, and kept near.
+    __shared__ long long table[MOST_LAYERS * LAYER];
     __shared__ int near[MOST_NEAR];
-    if (order) order += model * of_order;
+    __shared__ real numbers[MOST_NUMBERS];
     const bool fits = n_layers <= MOST_LAYERS;
-    const long long first = step.first(batch);
-    const int n_near = order ? m < MOST_NEAR ? m : MOST_NEAR : 0;
     if (fits)
         for (int i = threadIdx.x; i < n_layers * LAYER; i += TILE::THREADS) table[i] = layers[i];
+    if (order) order += model * of_order;
+    const long long first = step.first(batch);
+    const int n_near = order ? m < MOST_NEAR ? m : MOST_NEAR : 0;
+#ifdef RULE
+    for (int i = threadIdx.x; i < row_size - 3; i += TILE::THREADS) numbers[i] = rows[at_step * row_size + 3 + i];
+#endif
     for (int i = threadIdx.x; i < n_near; i += TILE::THREADS) near[i] = order[first + i];
     __syncthreads();
+    const Taken taken = {theta + at, g ? g + at : g, {s0 ? s0 + at : s0, s1 ? s1 + at : s1, s2 ? s2 + at : s2}, numbers};
     const long long* layer = fits ? table : layers;
     for (int l = 1; l < n_layers && tile >= layer[LAYER + FIRST_TILE]; ++l) layer += LAYER;
     const int mine = tile - layer[FIRST_TILE], n_in = layer[N_IN];
@@ -153,7 +167,7 @@ extern "C" __global__ __launch_bounds__(TILE::THREADS, TILE::ROWS * TILE::COLUMN
             Matrix<SOURCE> batch_of(data, m, n_in, data_stride, order, first);
             batch_of.near = near;
             batch_of.n_near = n_near;
-            layer_tile(shared, work, layer, batch_of, mine, scale, m, taken);
+            layer_tile(shared, work, layer, batch_of, mine, scale, m, step, taken);
             return;
         }
     }
@@ -164,5 +178,5 @@ extern "C" __global__ __launch_bounds__(TILE::THREADS, TILE::ROWS * TILE::COLUMN
         sources.near = near;
         sources.n_near = n_near;
     }
-    layer_tile(shared, work, layer, sources, mine, real(1), m, taken);
+    layer_tile(shared, work, layer, sources, mine, real(1), m, step, taken);
 }

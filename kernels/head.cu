@@ -21,33 +21,29 @@ constexpr int WARPS = 4;     // likewise
 constexpr int AT_ONCE = 10;  // outputs whose sums a thread has under way
 
 // z[row][k] = b_k + W_k . a of ROWS samples from a on, by the whole block.
-template <int N>
+template <int N, class Wait>
 __device__ void affine_rows(const real* a, int stride, int rows, const real* W, const real* b, real (*z)[NARROW], int n,
-                            int K, bool& waited) {
+                            int K, Wait wait) {
     __shared__ real parts[WARPS][ROWS][AT_ONCE];
     const int thread = threadIdx.y * WARP + threadIdx.x, packs = n / N;
     for (int k0 = 0; k0 < K; k0 += AT_ONCE) {
         real sum[ROWS][AT_ONCE] = {};
-        for (int c = thread; c < packs; c += WARP * WARPS) {
+        for (int c0 = 0; c0 < packs; c0 += WARP * WARPS) {
+            const int c = c0 + thread;
             Pack<real, N> w[AT_ONCE], x[ROWS];
 #pragma unroll
             for (int k = 0; k < AT_ONCE; ++k)
-                if (k0 + k < K) w[k] = load<N>(W + (long long)(k0 + k) * n, c);
-            if (!waited) {  // the kernel before writes A, not W
-                pdl_wait();
-                pdl_launch();
-                waited = true;
-            }
+                w[k] = c < packs && k0 + k < K ? load<N>(W + (long long)(k0 + k) * n, c) : Pack<real, N>();
+            wait();  // the kernel before writes A, not W
 #pragma unroll
             for (int r = 0; r < ROWS; ++r)
-                if (r < rows) x[r] = load<N>(a + (long long)r * stride, c);
+                x[r] = c < packs && r < rows ? load<N>(a + (long long)r * stride, c) : Pack<real, N>();
 #pragma unroll
             for (int r = 0; r < ROWS; ++r)
 #pragma unroll
                 for (int k = 0; k < AT_ONCE; ++k)
 #pragma unroll
-                    for (int j = 0; j < N; ++j)
-                        if (r < rows && k0 + k < K) sum[r][k] += x[r].v[j] * w[k].v[j];
+                    for (int j = 0; j < N; ++j) sum[r][k] += x[r].v[j] * w[k].v[j];
         }
 #pragma unroll
         for (int r = 0; r < ROWS; ++r)
@@ -114,7 +110,7 @@ __device__ bool is_right(const real* scores, const Targets& t, int task, int K) 
     return first_largest<WARP>(scores, K) == (t.label < 0 ? first_largest<WARP>(t.rows + t.at, K) : t.label);
 }
 
-extern "C" __global__ __launch_bounds__(256) void head(
+extern "C" __global__ __launch_bounds__(256, 1) void head(
     const real* A, int A_stride, const real* W, const real* b, real* Z, const long long* order, int batch,
     const long long* labels, const real* T, const real* w, real share, real smoothing, real parameter, int task,
     int by_output, real* Delta, int stride, real* C, real* right, const real* kept, const real* mask, real* below,
@@ -135,21 +131,27 @@ extern "C" __global__ __launch_bounds__(256) void head(
     for (long long i = (long long)blockIdx.x * each; i < m; i += (long long)gridDim.x * each) {
         const int rows = m - i < each ? m - i : each;
         const long long mine = i + row;
-        Targets t = {};  // fetched before it is needed: two memory accesses, one after the other
-        if (row < rows) t = target<COST>(labels, T, order ? order[first + mine] : first + mine, smoothing, K);
+        Targets t = {};
+        bool looked_up = false;
+        auto wait = [&] {  // meanwhile look up the target: two memory accesses, one after the other
+            if (!looked_up && row < rows)
+                t = target<COST>(labels, T, order ? order[first + mine] : first + mine, smoothing, K);
+            looked_up = true;
+            if (!waited) {
+                pdl_wait();
+                pdl_launch();
+            }
+            waited = true;
+        };
         if (W) {
             __syncthreads();  // the last z and d have been read
             if (wide)
-                affine_rows<WIDE>(A + work + i * A_stride, A_stride, rows, W, b, z_of, n, K, waited);
+                affine_rows<WIDE>(A + work + i * A_stride, A_stride, rows, W, b, z_of, n, K, wait);
             else
-                affine_rows<1>(A + work + i * A_stride, A_stride, rows, W, b, z_of, n, K, waited);
+                affine_rows<1>(A + work + i * A_stride, A_stride, rows, W, b, z_of, n, K, wait);
             __syncthreads();
         }
-        if (!waited) {
-            pdl_wait();
-            pdl_launch();
-            waited = true;
-        }
+        wait();
         if (row < rows) {
             const real* z = W ? z_of[row] : Z + work + mine * stride;
             real* d = W ? d_of[row] : Delta + work + mine * stride;

@@ -60,7 +60,8 @@ template <class From_, Way way, int SIDE, int DEPTH, int THREADS> struct Panel {
     static constexpr int I = way == ALONG ? LD : 1, K = way == ALONG ? 1 : LD;  // from (i, k) to its neighbours
     static constexpr bool exact = sizeof(From) == 1;  // whole numbers up to 255
 
-    int row[way == ALONG ? COPIES : 1];  // of the data, where the next panel has the same rows as this one
+    const From* start[way == ALONG ? COPIES : 1];  // of the rows, where the next panel has the same as this one
+    bool there[way == ALONG ? COPIES : 1];         // whether they are
 
     template <class F> static __device__ __forceinline__ void each(F f) {
 #pragma unroll
@@ -70,16 +71,26 @@ template <class From_, Way way, int SIDE, int DEPTH, int THREADS> struct Panel {
         }
     }
     __device__ __forceinline__ Panel(const Matrix<From>& from, int i) {
-        if constexpr (way == ALONG) each([&](int j, int r, int) { row[j] = from.row(i + r); });
+        if constexpr (way == ALONG)
+            each([&](int j, int r, int c) {
+                start[j] = from.data + (long long)from.row(i + r) * from.stride + c;
+                there[j] = i + r < from.height;
+            });
     }
     // Begins to copy the panel from (i, k) on.
     __device__ __forceinline__ void copy(const Matrix<From>& from, int i, int k, From* to) const {
-        const int top = way == ALONG ? i : k, left = way == ALONG ? k : i;
         each([&](int j, int r, int c) {
-            const int at = way == ALONG ? row[way == ALONG ? j : 0] : from.row(top + r);
-            const int there = top + r < from.height ? from.width - left - c : 0;  // elements before the edge
-            const int elements = there < 0 ? 0 : there < PER ? there : PER;
-            const From* p = from.data + (elements ? (long long)at * from.stride + left + c : 0);
+            int elements;  // before the edge
+            const From* p;
+            if constexpr (way == ALONG) {
+                elements = there[j] ? from.width - k - c : 0;
+                p = start[j] + k;
+            } else {
+                elements = k + r < from.height ? from.width - i - c : 0;
+                p = from.data + (long long)from.row(k + r) * from.stride + i + c;
+            }
+            elements = elements < 0 ? 0 : elements < PER ? elements : PER;
+            if (elements == 0) p = from.data;
             if (from.wide)
                 copy_async16(to + r * LD + c, p, elements * int(sizeof(From)));
             else
@@ -189,11 +200,11 @@ struct bf16 {
 // `Tile.shared` of plan.py bytes, at a multiple of 16.
 //
 // What the kernel before this one writes is not touched before pdl_wait. A is where it is bytes, B and what `prepare`
-// reads with `early_b`: they were there before.
-template <class T, Way WAY_A, Way WAY_B, class FromA, class FromB, class Watch, class Prepare, class Finish>
+// reads with `early_b`: they were there before. `waited()` is called behind it.
+template <class T, Way WAY_A, Way WAY_B, class FromA, class FromB, class Waited, class Watch, class Prepare, class Finish>
 __device__ __forceinline__ void product(unsigned char* shared, const Matrix<FromA>& A, const Matrix<FromB>& B, int row,
-                                        int column, int depth, bool early_b, Watch watch, Prepare prepare,
-                                        Finish finish) {
+                                        int column, int depth, bool early_b, Waited waited, Watch watch,
+                                        Prepare prepare, Finish finish) {
     using OfA = Panel<FromA, WAY_A, T::ROWS, T::DEPTH, T::THREADS>;
     using OfB = Panel<FromB, WAY_B, T::COLUMNS, T::DEPTH, T::THREADS>;
     constexpr int STAGES = T::STAGES;
@@ -232,6 +243,7 @@ __device__ __forceinline__ void product(unsigned char* shared, const Matrix<From
     if (early_b) prepare_early();
     pdl_wait();
     pdl_launch();
+    waited();
     if (!early_b) prepare_early();
     Sums<T::M, T::N> acc = {};
 #pragma unroll 1
@@ -288,6 +300,7 @@ __device__ __forceinline__ void product(unsigned char* shared, const Matrix<From
 }
 
 struct Nothing {
+    __device__ void operator()() const {}
     __device__ void operator()(const real*) const {}
     __device__ void operator()(const unsigned char*) const {}
 };

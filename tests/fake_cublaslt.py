@@ -121,7 +121,8 @@ class Library:
         """Lend the memory of NumPy arrays; the first of them."""
         for a in arrays:
             low, high = np.lib.array_utils.byte_bounds(a)
-            self.memory[low] = (high, a)
+            if high > self.memory.get(low, (0, None))[0]:  # of two views that begin alike, the longer one
+                self.memory[low] = (high, a)
         return arrays[0] if arrays else None
 
     def count(self, kind):

@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import math
 import sys
 import threading
 import types
@@ -27,6 +28,7 @@ import kernels_on_cpu
 import numpy as np
 
 DEVICE_NAME = b"Fake GPU"
+ALIGNED = 512  # bytes, of which every address of an allocation is a multiple, as of CuPy's pool
 # CUDA's numbers of attributes: capability 8.0, processors, clocks (kHz) of them and of the memory, bits of its bus.
 ATTRIBUTES = {75: 8, 76: 0, 16: 4, 13: 1_000_000, 36: 1_000_000, 37: 1024}
 
@@ -473,9 +475,11 @@ def using_allocator(allocator=None):
 
 def _filled(shape, dtype, order="C"):
     """Memory full of NaNs, or -1, so that what nobody wrote is seen."""
-    a = np.empty(shape, dtype, order)
-    a.reshape(-1, order="A").view(np.uint8).fill(0xFF)
-    return a
+    dtype, shape = np.dtype(dtype), shape if isinstance(shape, tuple) else (int(shape),)
+    n_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.full(n_bytes + ALIGNED, 0xFF, np.uint8)
+    start = -memory.ctypes.data % ALIGNED
+    return memory[start : start + n_bytes].view(dtype).reshape(shape, order=order)
 
 
 _pinned = weakref.WeakValueDictionary()  # by their addresses

@@ -12,6 +12,8 @@ from backprop_gpu import costs, cuda_source
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 FILES = sorted(path.name for path in KERNELS.glob("*.cu"))
+OF_A_STEP = ("advance.cu", "delta.cu", "forward.cu", "gradients.cu", "head.cu")  # as a plan launches them
+ALONE = [file for file in FILES if file not in OF_A_STEP]
 # Macro: the header whose structs it may name, and how their names begin.
 TABLES = {
     "ACTIVATION": ("activations.cuh", "f_"),

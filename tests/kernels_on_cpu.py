@@ -2,11 +2,9 @@
 
 import concurrent.futures
 import functools
-import itertools
 import os
 
 import cuda_on_cpu
-import kernel_variants
 import pytest
 from cuda_on_cpu import KernelError
 
@@ -50,14 +48,14 @@ def _module(code, check):
     return cuda_on_cpu.Module(code, check=check)
 
 
-def build_ahead():
-    """Build every variant of every kernel beside the tests; a test waits for what it needs."""
+def build_ahead(*parts):
+    """Build texts beside the tests; a test waits for what it needs. `parts`: pairs (texts, check)."""
     if cuda_on_cpu.unavailable():
         return
     pool = concurrent.futures.ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1))
-    for check, file in itertools.product((False, True), kernel_variants.FILES):
-        every = kernel_variants.texts(file)
-        for texts in (every[i : i + TEXTS] for i in range(0, len(every), TEXTS)):
+    for every, check in parts:
+        mine = [text for text in dict.fromkeys(every) if (text, check) not in _ahead]
+        for texts in (mine[i : i + TEXTS] for i in range(0, len(mine), TEXTS)):
             unit = Unit(texts, check, pool)
             _ahead.update({(text, check): (unit, i) for i, text in enumerate(texts)})
     pool.shutdown(wait=False)

@@ -73,7 +73,9 @@ def executor(how, backend, rule, precision="float64", layers=(20, 13, 5), m=24, 
         return how(problem, rule, m, seed=7, steps=-(-60 // m))
 
 
-def ten_steps(how, device, rule, together, rtol, ends=(0, 24, 48, 60), shuffled=True, factors=(1, 0.5, 0.1), **settings):
+def ten_steps(
+    how, device, rule, together, rtol, ends=(0, 24, 48, 60), shuffled=True, factors=(1, 0.5, 0.1), **settings
+):
     """Ten steps on both backends, in epochs of these batches; with `together`, each begins where NumPy's is.
 
     A graph that updates in the kernel that makes the gradient stores none: then the rest is compared.
