@@ -86,7 +86,7 @@ class Tile(NamedTuple):
 
         a = panel(kernel != "gradients", self.rows, source or item if kernel == "forward" else item)
         b = panel(kernel == "forward", self.columns, item)
-        joined = item * self.deep * self.rows * (self.columns + 8)
+        joined = item * self.deep * self.rows * self.columns if self.deep > 1 else 0
         return max(self.stages * (a + b), joined)
 
     def __str__(self) -> str:

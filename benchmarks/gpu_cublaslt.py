@@ -1,15 +1,20 @@
 """What cuBLASLt offers for a layer's products on this card: algorithms, the kernels that each one runs, time, error.
 
-    python -m benchmarks.gpu_cublaslt [FILE]      a line of JSON a result
+    python -m benchmarks.gpu_cublaslt [FILE]              a line of JSON a result
+    python -m benchmarks.gpu_cublaslt --steps [FILE]      the same, of whole training steps
 
 Each algorithm of each product is run and compared with float64, run again for equal bits, captured in a CUDA graph for
 the nodes that it puts there, and timed: a graph of LAUNCHES runs between two events, the best of REPEATS. What fails is
 told with "error", what is not on offer with "reason", and the next one follows.
+
+`--steps` tells from which width and batch on a training step is faster with its products by cuBLASLt than with kernels
+of its own: each of STEPS in a graph of 16 both ways, and the error of the gradient.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import functools
 import json
@@ -20,8 +25,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from backprop_gpu import BackendError, cublaslt
+import backprop_gpu as bp
+from backprop_gpu import BackendError, cublaslt, executors, plan
+from backprop_gpu.costs import choose_cost
 from backprop_gpu.cublaslt import PRECISIONS, WORKSPACE_BYTES, Library, Product, mask_shape
+from backprop_gpu.inputs import Samples
+from backprop_gpu.regularization import Regularization
 
 LAUNCHES, REPEATS = 20, 5
 SHAPES = (  # m, K, N
@@ -33,6 +42,9 @@ EPILOGUES = {  # what a product is asked to do besides, as arguments that are th
     "hidden_delta": ("", "mask", "mask db"),
     "weight_gradient": ("", "db"),
 }
+STEPS = tuple(((784, w, w, 10), m) for w in (256, 512, 1024, 2048) for m in (256, 1024, 4096, 8192))
+ARITHMETIC = {"float32": "tf32x2", "tf32": "tf32", "float64": "ffma"}  # of our own kernels, by precision
+A_GRAPH = 16  # steps
 LIMITS = {"float32": 2e-5, "tf32": 4e-3, "bf16": 2e-2, "float64": 1e-12}  # error over the norm of the exact result
 
 Emit = Callable[[dict[str, Any]], None]
@@ -340,9 +352,82 @@ def _one(emit: Emit, card: Any, shape: tuple[int, int, int], precision: str, bou
     return fine
 
 
+def steps(emit: Emit, networks: Any = STEPS, precisions: Any = tuple(ARITHMETIC)) -> bool:
+    """Training steps with and without cuBLASLt, each result one dict passed to `emit`; whether all of them ran.
+
+    "error" is that of the gradient, over its norm, from float64: what plain SGD moves theta by, so 1e-6 at the least
+    in float32.
+    """
+    fine = True
+    for layers, m in networks:
+        exact = None
+        for precision in sorted(precisions, key="float64".__ne__):
+            for library in (False, True):
+                told: dict[str, Any] = {"what": "step", "layers": layers, "m": m, "precision": precision}
+                told["library"] = library
+                try:
+                    found, gradient = _step(layers, m, precision, library)
+                    exact = gradient if exact is None else exact
+                    told |= found | {"error": float(np.linalg.norm(gradient - exact) / np.linalg.norm(exact))}
+                except Exception as e:  # told, and the next one may do
+                    fine, told["failed"] = False, f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+                emit(told)
+    return fine
+
+
+def _step(layers: tuple[int, ...], m: int, precision: str, library: bool) -> tuple[dict[str, Any], np.ndarray]:
+    """What there is to tell of a step, and its gradient."""
+    of_plan: Any = plan
+    before = plan.WIDE, plan.arithmetic_of
+    wide = plan.Wide(plan.NARROW + 1, 1)
+    dtype = "float64" if precision == "float64" else "float32"
+    of_plan.WIDE, of_plan.arithmetic_of = {precision: wide} if library else {}, lambda *_: ARITHMETIC[precision]
+    try:
+        with contextlib.closing(_run_of(layers, m, dtype, bp.SGD(1.0))) as run, run.problem.net.backend.active():
+            theta = bp.backend.to_host(run.theta).astype(np.float64)
+            run.begin(np.arange(m * A_GRAPH), [0, m], [1.0], 1)
+            run.run(0, 1, True)
+            gradient = theta - bp.backend.to_host(run.theta)
+        with contextlib.closing(_run_of(layers, m, dtype, bp.Adam(1e-3))) as run, run.problem.net.backend.active():
+            us = 1e6 * _seconds(run, m)
+            products = [f"{p.name} {p.layer} {p.epilogue}" for p in run.plan.products.values()]
+            return {"us": us, "products": products, "notes": run.plan.notes, "fell_back": run.failed}, gradient
+    finally:
+        of_plan.WIDE, of_plan.arithmetic_of = before
+
+
+def _run_of(layers: tuple[int, ...], m: int, dtype: str, rule: Any) -> executors.Graph:
+    rng = np.random.default_rng(0)
+    n = m * A_GRAPH
+    X, T = rng.integers(0, 256, (n, layers[0])).astype(np.uint8), rng.integers(0, layers[-1], n)
+    net = bp.Network(list(layers), "relu", precision=dtype, backend="cupy", seed=3)
+    with net.backend.active():
+        samples = Samples(X, T, None, "labels").on(net.backend.asarray)
+        problem = executors.Problem(net, choose_cost(None, net.output), samples, "mean", Regularization(), 0)
+        return executors.Graph(problem, rule, m, 7, A_GRAPH)
+
+
+def _seconds(run: executors.Graph, m: int) -> float:
+    """Device time of a step."""
+    cp = run.problem.net.backend.xp
+    start, stop = cp.cuda.Event(), cp.cuda.Event()
+    times, ends = [], [m * i for i in range(A_GRAPH + 1)]
+    for _ in range(1 + REPEATS):  # the first one records
+        run.begin(np.arange(m * A_GRAPH), ends, [1e-3] * A_GRAPH, 1)
+        start.record()
+        run.run(0, A_GRAPH, False)
+        stop.record()
+        stop.synchronize()
+        times.append(cp.cuda.get_elapsed_time(start, stop) / 1000 / A_GRAPH)
+    return float(min(times[1:]))
+
+
 def main() -> int:
     """Results to stdout, and to a file where one is named."""
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    arguments = sys.argv[1:]
+    what = steps if arguments[:1] == ["--steps"] else probe
+    paths = arguments[what is steps :]
+    path = Path(paths[0]) if paths else None
 
     def emit(result: dict[str, Any]) -> None:
         line = json.dumps(result)
@@ -352,7 +437,7 @@ def main() -> int:
                 f.write(line + "\n")
 
     try:
-        return 0 if probe(emit) else 1
+        return 0 if what(emit) else 1
     except BackendError as e:
         print(e, file=sys.stderr)
         return 1

@@ -503,7 +503,8 @@ def kernel_names() -> set[str]:
     """Of all kernels of kernels/."""
     folder = ROOT / "kernels"
     texts = (path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.cu")))
-    return {name for text in texts for name in cuda_source.signatures("#define REAL float\n" + text)}
+    defines = "#define REAL float\n#define SOURCE float\n"
+    return {name for text in texts for name in cuda_source.signatures(defines + text)}
 
 
 def findings(text: str, ours: set[str]) -> dict[str, Any]:
@@ -926,12 +927,12 @@ def step_time(layers: Sequence[int], m: int, steps: int = 40, repeats: int = 7) 
     with be.active():
         samples = Samples(be.asarray(X), be.asarray(rng.integers(0, layers[-1], m)), None, "labels")
         executor = Eager(
-            Problem(net, COSTS["cross_entropy"], samples, "mean", Regularization(), 0), bp.Adam(1e-4), m, 0
+            Problem(net, COSTS["cross_entropy"], samples, "mean", Regularization(), 0), bp.Adam(1e-4), m, 0, 1
         )
         measured = be.zeros(2, np.dtype(np.float64))
         seconds, python = [], []
         for repeat in range(repeats + 1):
-            executor.begin(np.arange(m), [1e-4] * steps, 1 + repeat * steps)
+            executor.begin(np.arange(m), [0, m], [1e-4] * steps, 1 + repeat * steps)
             float(measured[0])  # waits
             start = time.perf_counter()
             for i in range(steps):
@@ -1005,6 +1006,21 @@ def counted_calls(cupy: Any, counts: collections.Counter[str]) -> Iterator[None]
                 delattr(owner, name)
 
 
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """Training within it takes one operation after the other."""
+    name = "BACKPROP_GPU_EXECUTOR"
+    before = os.environ.get(name)
+    os.environ[name] = "eager"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 KINDS = ("launches", "products", "allocations", "copies")
 
 
@@ -1049,7 +1065,7 @@ def counts(record: Record, data: Any = None, layers: Sequence[int] = LAYERS, n: 
 
 
 def count_run(X: Any, T: Any, layers: Sequence[int], epochs: int = 2, **settings: Any) -> dict[str, Any]:
-    """Train on the GPU; what was counted between the first and the last step of each epoch, and theta's bytes."""
+    """Train on the GPU, eagerly; what was counted between the first and last step of each epoch, and theta's bytes."""
     be = backends.choose("cupy")
     total: collections.Counter[str] = collections.Counter()
     after = _EachStep(total)
@@ -1057,7 +1073,7 @@ def count_run(X: Any, T: Any, layers: Sequence[int], epochs: int = 2, **settings
     rate = more.pop("dropout", 0.0)
     if more.pop("sample_weight", False):
         more["sample_weight"] = np.linspace(0.5, 1.5, len(X))
-    with be.active(), counted_allocations(be.xp, total) as peak:
+    with be.active(), counted_allocations(be.xp, total) as peak, eagerly():
         net = bp.Network(list(layers), seed=SEED, backend="cupy", dropout=rate)
         with counted_calls(be.xp, total), counted_launches(be.ops, total):
             bp.train(net, X, T, None, bp.Adam(1e-3), None, epochs, BATCH, callbacks=[after], seed=SEED, **more)

@@ -21,30 +21,25 @@ extern "C" __global__ __launch_bounds__(TILE::THREADS, TILE::ROWS * TILE::COLUMN
     if (mask) mask += model * of_work;
     bool usual = true;
     product<TILE, ALONG, DOWN>(
-        shared, deltas, weights, row, column, k, true, Nothing(), Nothing(),
+        shared, deltas, weights, row, column, k, false, Nothing(), Nothing(),
         [&](int i, int j) {  // f'(Z), times the mask
-            Pack<real, 4> d = {};
+            Pack<real, 2> d = {};
             if (i >= m || j >= n) return d;
-            d = get_quad(K, i, j, stride, n);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) d.v[e] = ACTIVATION::derivative(d.v[e]);
+            d = get_pair(K, i, j, stride, n);
+            d.v[0] = ACTIVATION::derivative(d.v[0]);
+            d.v[1] = ACTIVATION::derivative(d.v[1]);
             if (mask) {
-                const Pack<real, 4> kept = get_quad(mask, i, j, stride, n);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) d.v[e] *= kept.v[e];
+                const Pack<real, 2> kept = get_pair(mask, i, j, stride, n);
+                d.v[0] *= kept.v[0];
+                d.v[1] *= kept.v[1];
             }
             return d;
         },
-        [&](int i, int j, const Pack<real, 4>& product, const Pack<real, 4>& slope) {
+        [&](int i, int j, const Pack<real, 2>& product, const Pack<real, 2>& slope) {
             if (i >= m || j >= n) return;
-            Pack<real, 4> d = {};
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                if (j + e < n) {
-                    d.v[e] = product.v[e] * slope.v[e];
-                    usual = usual && fabs(d.v[e]) <= bound;
-                }
-            put_quad(out, i, j, stride, n, d);
+            const Pack<real, 2> d = {{product.v[0] * slope.v[0], j + 1 < n ? product.v[1] * slope.v[1] : real(0)}};
+            usual = usual && fabs(d.v[0]) <= bound && fabs(d.v[1]) <= bound;
+            put_pair(out, i, j, stride, n, d);
         });
     step.check(usual);
 }

@@ -23,21 +23,21 @@ extern "C" __global__ __launch_bounds__(TILE::THREADS, TILE::ROWS * TILE::COLUMN
     F += model * of_work;
     bool usual = true;
     product<TILE, ALONG, ALONG>(
-        shared, below, weights, row, column, k, batch == 0, Nothing(), Nothing(),
-        [&](int, int j) { return bias ? get_quad(bias, 0, j, 0, n) : Pack<real, 4>(); },
-        [&](int i, int j, const Pack<real, 4>& product, const Pack<real, 4>& of_b) {
+        shared, below, weights, row, column, k, batch != 0, Nothing(), Nothing(),
+        [&](int, int j) { return bias ? get_pair(bias, 0, j, 0, n) : Pack<real, 2>(); },
+        [&](int i, int j, const Pack<real, 2>& product, const Pack<real, 2>& of_b) {
             if (i >= m || j >= n) return;
-            Pack<real, 4> z, f = {};
+            Pack<real, 2> z, f = {};
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
+            for (int e = 0; e < 2; ++e) {
                 z.v[e] = product.v[e] * scale + of_b.v[e];
                 if (j + e < n) {
                     f.v[e] = ACTIVATION::value(z.v[e]);
                     usual = usual && fabs(z.v[e]) <= bound && fabs(f.v[e]) <= bound;
                 }
             }
-            if (Z != F) put_quad(Z, i, j, stride, n, z);
-            put_quad(F, i, j, stride, n, f);
+            if (Z != F) put_pair(Z, i, j, stride, n, z);
+            put_pair(F, i, j, stride, n, f);
         });
     step.check(usual);
 }

@@ -39,41 +39,41 @@ struct Taken {
     real* slots[3];
     const real* numbers;  // the rule's, of this step
 #ifdef RULE
-    using Quad = Elements<4>;
+    using Pair = Elements<2>;
 #else
-    struct Quad {};
+    struct Pair {};
 #endif
 
-    // What is at i .. i + 3 of theta and of the slots, one access each where `whole`.
-    __device__ __forceinline__ Quad get(long long i, bool whole) const {
-        Quad x = {};
+    // What is at i, i + 1 of theta and of the slots, one access each where `whole`.
+    __device__ __forceinline__ Pair get(long long i, bool whole) const {
+        Pair x = {};
 #ifdef RULE
-        if (whole) x.get(theta, slots, i / 4);
+        if (whole) x.get(theta, slots, i / 2);
 #endif
         return x;
     }
     // The gradient of i .. i + n - 1 is there; `x` counts where it is whole.
-    __device__ __forceinline__ void put(long long i, bool whole, int n, const Pack<real, 4>& gradient, Quad x) const {
+    __device__ __forceinline__ void put(long long i, bool whole, int n, const Pack<real, 2>& gradient, Pair x) const {
 #ifdef RULE
         const RULE rule(numbers);
         if (whole) {
             x.step(rule, gradient);
-            x.put(theta, slots, i / 4);
+            x.put(theta, slots, i / 2);
         } else {
 #pragma unroll 1
             for (int e = 0; e < n; ++e) {
                 Elements<1> one;
                 one.get(theta, slots, i + e);
-                one.step(rule, {{e == 0 ? gradient.v[0] : e == 1 ? gradient.v[1] : e == 2 ? gradient.v[2] : gradient.v[3]}});
+                one.step(rule, {{e == 0 ? gradient.v[0] : gradient.v[1]}});
                 one.put(theta, slots, i + e);
             }
         }
 #else
         if (whole)
-            store<4>(g, i / 4, gradient);
+            store<2>(g, i / 2, gradient);
         else
 #pragma unroll
-            for (int e = 0; e < 4; ++e)
+            for (int e = 0; e < 2; ++e)
                 if (e < n) g[i + e] = gradient.v[e];
 #endif
     }
@@ -96,7 +96,7 @@ __device__ __forceinline__ void layer_tile(unsigned char* shared, const real* wo
     bool usual = false;
     real db = 0;
     product<TILE, DOWN, DOWN>(
-        shared, delta, below, row, column, m, true, [&] { usual = step.usual(); },
+        shared, delta, below, row, column, m, false, [&] { usual = step.usual(); },
         [&](const real* panel) {
             if (sums_b) {
 #pragma unroll 8
@@ -104,14 +104,14 @@ __device__ __forceinline__ void layer_tile(unsigned char* shared, const real* wo
             }
         },
         [&](int i, int j) {
-            return taken.get(at_W + (long long)i * n_in + j, i < n_out && whole_quad(j, n_in, n_in));
+            return taken.get(at_W + (long long)i * n_in + j, i < n_out && j < n_in && n_in % 2 == 0);
         },
-        [&](int i, int j, Pack<real, 4> gradient, const typename Taken::Quad& x) {
+        [&](int i, int j, Pack<real, 2> gradient, const typename Taken::Pair& x) {
             if (i >= n_out || j >= n_in || !usual) return;
 #pragma unroll
-            for (int e = 0; e < 4; ++e) gradient.v[e] *= scale;
-            const int n = n_in - j < 4 ? n_in - j : 4;
-            taken.put(at_W + (long long)i * n_in + j, whole_quad(j, n_in, n_in), n, gradient, x);
+            for (int e = 0; e < 2; ++e) gradient.v[e] *= scale;
+            const int n = n_in - j < 2 ? n_in - j : 2;
+            taken.put(at_W + (long long)i * n_in + j, n_in % 2 == 0, n, gradient, x);
         });
     if (sums_b) {
         real* parts = reinterpret_cast<real*>(shared);
@@ -120,12 +120,12 @@ __device__ __forceinline__ void layer_tile(unsigned char* shared, const real* wo
         __syncthreads();
         if (threadIdx.x < TILE::ROWS && row + unit < n_out && usual) {
             for (int part = 1; part < GROUPS; ++part) db += parts[part * TILE::ROWS + unit];
-            taken.put(at_b + row + unit, false, 1, {{db, 0, 0, 0}}, typename Taken::Quad());
+            taken.put(at_b + row + unit, false, 1, {{db, 0}}, typename Taken::Pair());
         }
     }
 }
 
-extern "C" __global__ __launch_bounds__(TILE::THREADS, TILE::ROWS * TILE::COLUMNS < 4096 ? 2 : 1) void gradients(
+extern "C" __global__ __launch_bounds__(TILE::THREADS, TILE::THREADS <= 128 ? 3 : 1) void gradients(
     const long long* layers, int n_layers, int tiles, const SOURCE* data, int data_stride,
     const long long* order, int batch, const real* work, real scale, real* theta, real* g, real* s0, real* s1, real* s2,
     const double* rows, int row_size, long long C, long long right, long long w, double* measured,

@@ -60,8 +60,7 @@ template <class From_, Way way, int SIDE, int DEPTH, int THREADS> struct Panel {
     static constexpr int I = way == ALONG ? LD : 1, K = way == ALONG ? 1 : LD;  // from (i, k) to its neighbours
     static constexpr bool exact = sizeof(From) == 1;  // whole numbers up to 255
 
-    const From* start[way == ALONG ? COPIES : 1];  // of the rows, where the next panel has the same as this one
-    bool there[way == ALONG ? COPIES : 1];         // whether they are
+    int row[way == ALONG ? COPIES : 1];  // of the data, where the next panel has the same rows as this one
 
     template <class F> static __device__ __forceinline__ void each(F f) {
 #pragma unroll
@@ -71,28 +70,22 @@ template <class From_, Way way, int SIDE, int DEPTH, int THREADS> struct Panel {
         }
     }
     __device__ __forceinline__ Panel(const Matrix<From>& from, int i) {
-        if constexpr (way == ALONG)
-            each([&](int j, int r, int c) {
-                start[j] = from.data + (long long)from.row(i + r) * from.stride + c;
-                there[j] = i + r < from.height;
-            });
+        if constexpr (way == ALONG) each([&](int j, int r, int) { row[j] = from.row(i + r); });
     }
     // Begins to copy the panel from (i, k) on.
     __device__ __forceinline__ void copy(const Matrix<From>& from, int i, int k, From* to) const {
+        const int top = way == ALONG ? i : k, left = way == ALONG ? k : i;
         each([&](int j, int r, int c) {
-            int elements;  // before the edge
-            const From* p;
-            if constexpr (way == ALONG) {
-                elements = there[j] ? from.width - k - c : 0;
-                p = start[j] + k;
-            } else {
-                elements = k + r < from.height ? from.width - i - c : 0;
-                p = from.data + (long long)from.row(k + r) * from.stride + i + c;
-            }
-            elements = elements < 0 ? 0 : elements < PER ? elements : PER;
-            if (elements == 0) p = from.data;
+            int at;
+            if constexpr (way == ALONG)
+                at = row[j];
+            else
+                at = from.row(top + r);
+            const int there = top + r < from.height ? from.width - left - c : 0;  // elements before the edge
+            const int elements = there < 0 ? 0 : there < PER ? there : PER;
+            const From* p = from.data + (long long)at * from.stride + left + c;
             if (from.wide)
-                copy_async16(to + r * LD + c, p, elements * int(sizeof(From)));
+                copy_async16(to + r * LD + c, elements ? p : from.data, elements * int(sizeof(From)));
             else
 #pragma unroll 1
                 for (int e = 0; e < PER; ++e) to[r * LD + c + e] = e < elements ? p[e] : From(0);
@@ -195,107 +188,115 @@ struct bf16 {
 #endif
 
 // The part of the product that begins at (row, column) of C. `watch(a)` sees each panel of A in shared memory. Then
-// `finish(row, column, quad, more)` gets each four neighbours of C, column a multiple of 4, some of them outside of C;
-// `more` is what `prepare(row, column)` gave for them, before the product where a thread has few of them. `shared` holds
+// `finish(row, column, pair, more)` gets each two neighbours of C, column even, some of them outside of C; `more` is what
+// `prepare(row, column)` gave for them, before the product where a thread has few of them. `shared` holds
 // `Tile.shared` of plan.py bytes, at a multiple of 16.
 //
-// What the kernel before this one writes is not touched before pdl_wait. A is where it is bytes, B and what `prepare`
-// reads with `early_b`: they were there before. `waited()` is called behind it.
+// What the kernel before this one writes is not touched before pdl_wait. That may be one of the operands: B with
+// `early_a`, then prepare comes behind the wait too; else A. `waited()` is called behind it.
 template <class T, Way WAY_A, Way WAY_B, class FromA, class FromB, class Waited, class Watch, class Prepare, class Finish>
 __device__ __forceinline__ void product(unsigned char* shared, const Matrix<FromA>& A, const Matrix<FromB>& B, int row,
-                                        int column, int depth, bool early_b, Waited waited, Watch watch,
-                                        Prepare prepare, Finish finish) {
+                                        int column, int depth, bool early_a, Waited waited, Watch watch, Prepare prepare,
+                                        Finish finish) {
     using OfA = Panel<FromA, WAY_A, T::ROWS, T::DEPTH, T::THREADS>;
     using OfB = Panel<FromB, WAY_B, T::COLUMNS, T::DEPTH, T::THREADS>;
     constexpr int STAGES = T::STAGES;
-    constexpr bool early_a = OfA::exact;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     const int deep = warp % T::WARPS_DEEP, across = warp / T::WARPS_DEEP % T::WARPS_ACROSS;
     const int down = warp / T::WARPS_DEEP / T::WARPS_ACROSS;
     const int my_row = down * T::M, my_column = across * T::N, my_k = deep * T::K;
 
-    // A thread finishes every THREADS-th quad.
-    constexpr int ALL_QUADS = T::ROWS * T::COLUMNS / 4, QUADS = (ALL_QUADS + T::THREADS - 1) / T::THREADS;
-    constexpr bool EARLY = QUADS <= 2;
-    auto quad_row = [&](int q) { return int(threadIdx.x + q * T::THREADS) * 4 / T::COLUMNS; };
-    auto quad_column = [&](int q) { return int(threadIdx.x + q * T::THREADS) * 4 % T::COLUMNS; };
-    auto is_quad = [&](int q) { return ALL_QUADS % T::THREADS == 0 || threadIdx.x + q * T::THREADS < ALL_QUADS; };
-    decltype(prepare(0, 0)) more[EARLY ? QUADS : 1];
-    auto prepare_early = [&] {
-        if constexpr (EARLY) {
-#pragma unroll
-            for (int q = 0; q < QUADS; ++q)
-                if (is_quad(q)) more[q] = prepare(row + quad_row(q), column + quad_column(q));
-        }
+    // Which pairs of C a thread finishes: those of its fragments, or, where warps share them, every THREADS-th.
+    constexpr bool joined = T::WARPS_DEEP > 1;
+    constexpr int ALL_PAIRS = T::ROWS * T::COLUMNS / 2;
+    constexpr int PAIRS = joined ? (ALL_PAIRS + T::THREADS - 1) / T::THREADS : T::M / 8 * (T::N / 8);
+    constexpr bool EARLY = PAIRS <= 4;
+    auto pair_row = [&](int p) {
+        return row + (joined ? 2 * (threadIdx.x + p * T::THREADS) / T::COLUMNS : my_row + p / (T::N / 8) * 8 + g);
     };
+    auto pair_column = [&](int p) {
+        return column + (joined ? 2 * (threadIdx.x + p * T::THREADS) % T::COLUMNS : my_column + p % (T::N / 8) * 8 + 2 * t);
+    };
+    auto is_pair = [&](int p) { return !joined || ALL_PAIRS % T::THREADS == 0 || threadIdx.x + p * T::THREADS < ALL_PAIRS; };
 
     const OfA a(A, row);
     const OfB b(B, column);
     auto of_a = [&](int stage) { return reinterpret_cast<FromA*>(shared + stage * OfA::BYTES); };
     auto of_b = [&](int stage) { return reinterpret_cast<FromB*>(shared + STAGES * OfA::BYTES + stage * OfB::BYTES); };
-#pragma unroll 1
-    for (int s = 0; s < STAGES - 1; ++s) {
-        const int k = s * T::DEPTH;
-        if (k >= depth) break;
-        if (early_a) a.copy(A, row, k, of_a(s));
-        if (!early_a && early_b) b.copy(B, column, k, of_b(s));
-    }
-    if (early_b) prepare_early();
+    decltype(prepare(0, 0)) more[EARLY ? PAIRS : 1];
+    auto prepare_early = [&] {
+        if constexpr (EARLY) {
+#pragma unroll
+            for (int p = 0; p < PAIRS; ++p)
+                if (is_pair(p)) more[p] = prepare(pair_row(p), pair_column(p));
+        }
+    };
+    auto copy_stage = [&](int s, bool of_A) {
+        if (s * T::DEPTH >= depth) return;
+        if (of_A)
+            a.copy(A, row, s * T::DEPTH, of_a(s));
+        else
+            b.copy(B, column, s * T::DEPTH, of_b(s));
+    };
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s) copy_stage(s, early_a);
+    if (!early_a) prepare_early();
     pdl_wait();
     pdl_launch();
     waited();
-    if (!early_b) prepare_early();
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s) {
+        copy_stage(s, !early_a);
+        copy_async_commit();
+    }
+    if (early_a) prepare_early();
     Sums<T::M, T::N> acc = {};
-#pragma unroll 1
-    for (int i = 1 - STAGES; i * T::DEPTH < depth; ++i) {
-        if (i >= 0) {
-            copy_async_wait<STAGES - 2>();
-            __syncthreads();  // this stage has landed for all, and the one before is read
-        }
-        const int k = (i + STAGES - 1) * T::DEPTH, free = (i + STAGES - 1) % STAGES;
-        if (k < depth) {
-            if (i >= 0 || !early_a) a.copy(A, row, k, of_a(free));
-            if (i >= 0 || early_a || !early_b) b.copy(B, column, k, of_b(free));
+    for (int k = 0, stage = 0; k < depth; k += T::DEPTH, stage = stage + 1 == STAGES ? 0 : stage + 1) {
+        copy_async_wait<STAGES - 2>();
+        __syncthreads();  // this stage has landed for all, and the one before is read
+        const int ahead = k + (STAGES - 1) * T::DEPTH, free = stage == 0 ? STAGES - 1 : stage - 1;
+        if (ahead < depth) {
+            a.copy(A, row, ahead, of_a(free));
+            b.copy(B, column, ahead, of_b(free));
         }
         copy_async_commit();
-        if (i >= 0) {
-            const int stage = i % STAGES;
-            ARITHMETIC::template multiply<OfA, OfB, T::M, T::N, T::K>(
-                acc, of_a(stage) + my_row * OfA::I + my_k * OfA::K, of_b(stage) + my_column * OfB::I + my_k * OfB::K, g,
-                t);
-            watch(of_a(stage));
-        }
+        ARITHMETIC::template multiply<OfA, OfB, T::M, T::N, T::K>(
+            acc, of_a(stage) + my_row * OfA::I + my_k * OfA::K, of_b(stage) + my_column * OfB::I + my_k * OfB::K, g, t);
+        watch(of_a(stage));
     }
-    __syncthreads();  // the last stage is read
-    constexpr int LD = T::COLUMNS + 8;
     real* sums = reinterpret_cast<real*>(shared);
+    if constexpr (joined) {
+        __syncthreads();  // the last stage is read
 #pragma unroll
-    for (int i = 0; i < T::M / 8; ++i)
+        for (int i = 0; i < T::M / 8; ++i)
 #pragma unroll
-        for (int j = 0; j < T::N / 8; ++j) {
-            const Pack<real, 2> pair = {{acc[i / 2][j][i % 2 * 2], acc[i / 2][j][i % 2 * 2 + 1]}};
-            store<2>(sums + (deep * T::ROWS + my_row + 8 * i + g) * LD + my_column + 8 * j + 2 * t, 0, pair);
+            for (int j = 0; j < T::N / 8; ++j) {
+                const Pack<real, 2> pair = {{acc[i / 2][j][i % 2 * 2], acc[i / 2][j][i % 2 * 2 + 1]}};
+                const int at = (my_row + 8 * i + g) * T::COLUMNS + my_column + 8 * j + 2 * t;
+                store<2>(sums + deep * T::ROWS * T::COLUMNS + at, 0, pair);
+            }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int p = 0; p < PAIRS; ++p) {
+        if (!is_pair(p)) break;
+        Pack<real, 2> pair;
+        if constexpr (joined) {  // the parts of the sum over k, in their order
+            pair = load<2>(sums, threadIdx.x + p * T::THREADS);
+#pragma unroll
+            for (int part = 1; part < T::WARPS_DEEP; ++part) {
+                const Pack<real, 2> x = load<2>(sums + part * T::ROWS * T::COLUMNS, threadIdx.x + p * T::THREADS);
+                pair.v[0] += x.v[0];
+                pair.v[1] += x.v[1];
+            }
+        } else {
+            const int i = p / (T::N / 8), j = p % (T::N / 8);
+            pair = {{acc[i / 2][j][i % 2 * 2], acc[i / 2][j][i % 2 * 2 + 1]}};
         }
-    __syncthreads();
-    auto finish_quad = [&](int q, const decltype(prepare(0, 0))& given) {
-        const int r = quad_row(q), c = quad_column(q);
-        Pack<real, 4> quad = load<4>(sums + r * LD + c, 0);
-#pragma unroll
-        for (int part = 1; part < T::WARPS_DEEP; ++part) {  // the parts of the sum over k, in their order
-            const Pack<real, 4> x = load<4>(sums + (part * T::ROWS + r) * LD + c, 0);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) quad.v[e] += x.v[e];
-        }
-        finish(row + r, column + c, quad, given);
-    };
-    if constexpr (EARLY) {
-#pragma unroll
-        for (int q = 0; q < QUADS; ++q)
-            if (is_quad(q)) finish_quad(q, more[q]);
-    } else {
-#pragma unroll 1
-        for (int q = 0; q < QUADS; ++q)
-            if (is_quad(q)) finish_quad(q, prepare(row + quad_row(q), column + quad_column(q)));
+        if constexpr (EARLY)
+            finish(pair_row(p), pair_column(p), pair, more[p]);
+        else
+            finish(pair_row(p), pair_column(p), pair, prepare(pair_row(p), pair_column(p)));
     }
 }
 
@@ -305,22 +306,18 @@ struct Nothing {
     __device__ void operator()(const unsigned char*) const {}
 };
 
-// A quad, column a multiple of 4, of a row-major matrix of width n, as far as it is in there.
-__device__ __forceinline__ bool whole_quad(int column, int stride, int n) { return column + 3 < n && stride % 4 == 0; }
-__device__ __forceinline__ Pack<real, 4> get_quad(const real* M, int row, int column, int stride, int n) {
+// A pair, column even, of a row-major matrix of width n, as far as it is in there.
+__device__ __forceinline__ Pack<real, 2> get_pair(const real* M, int row, int column, int stride, int n) {
     const real* from = M + (long long)row * stride + column;
-    if (whole_quad(column, stride, n)) return load<4>(from, 0);
-    Pack<real, 4> x;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) x.v[e] = column + e < n ? from[e] : real(0);
-    return x;
+    if (column + 1 < n && stride % 2 == 0) return load<2>(from, 0);
+    return {{column < n ? from[0] : real(0), column + 1 < n ? from[1] : real(0)}};
 }
-__device__ __forceinline__ void put_quad(real* M, int row, int column, int stride, int n, const Pack<real, 4>& x) {
+__device__ __forceinline__ void put_pair(real* M, int row, int column, int stride, int n, const Pack<real, 2>& x) {
     real* to = M + (long long)row * stride + column;
-    if (whole_quad(column, stride, n))
-        store<4>(to, 0, x);
-    else
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-            if (column + e < n) to[e] = x.v[e];
+    if (column + 1 < n && stride % 2 == 0)
+        store<2>(to, 0, x);
+    else {
+        if (column < n) to[0] = x.v[0];
+        if (column + 1 < n) to[1] = x.v[1];
+    }
 }

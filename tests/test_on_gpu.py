@@ -79,12 +79,18 @@ def results(on_gpu, record, what):
 # ---- cases ----------------------------------------------------------------------------------------------------------
 
 
+OF_WHOLE_STEPS = {"forward", "head", "delta", "gradients", "advance", "step_shares"}
+OF_WHOLE_STEPS |= {"step_gather_bytes", "step_gather_reals"}  # run by graphs, not by operations
+
+
 def test_cases_agree_with_numpy_and_reach_every_kernel(on_gpu, card):
     fake_cupy.Counts.kernels.clear()
     n, wrong = on_gpu.run_cases(backends.choose("cupy"), dtypes=[F32])
     assert wrong == []
     assert n == 4 * len(list(on_gpu.cases(F32, 2, 3)))
-    assert on_gpu.kernel_names() - fake_cupy.Counts.kernels <= {"probe"}
+    assert {name for name in on_gpu.kernel_names() - fake_cupy.Counts.kernels if name not in OF_WHOLE_STEPS} == {
+        "probe"
+    }
 
 
 def test_cases_find_a_wrong_result_and_one_that_raises(on_gpu, card, monkeypatch):

@@ -530,7 +530,7 @@ def test_the_executor_measures_before_it_updates(blobs):
     problem = Problem(net, COSTS["cross_entropy"], samples, "mean", Regularization(), frozen=0)
     executor = Eager(problem, bp.SGD(0.5), 7, seed=0, steps=1)
     measured = np.zeros(2)
-    executor.begin(np.arange(7), [0.5], 1)
+    executor.begin(np.arange(7), [0, 7], [0.5], 1)
     executor.step(0, 0, 7, measured)
     assert measured[0] / 7 == pytest.approx(wanted, rel=1e-14)
     assert net.gradients(X[:7], T[:7])["cost"] < wanted

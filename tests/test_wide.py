@@ -2,6 +2,9 @@
 
 import contextlib
 import gc
+import json
+import sys
+from pathlib import Path
 
 import fake_cublaslt
 import fake_cupy
@@ -466,3 +469,26 @@ def test_training_takes_this_way_and_cleans_up(fake, monkeypatch):
         assert not fake.live
     np.testing.assert_allclose(thetas[1], thetas[0], rtol=1e-10, atol=1e-12)
     assert thetas[1].tobytes() == thetas[2].tobytes()
+
+
+def test_the_benchmark_of_steps(fake, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent))
+    from benchmarks import gpu_cublaslt
+
+    monkeypatch.setattr(gpu_cublaslt, "A_GRAPH", 2)
+    monkeypatch.setattr(plan, "NARROW", 8)
+    monkeypatch.setattr(sys.modules["cupy"].cuda, "get_elapsed_time", lambda start, stop: 1.0, raising=False)
+    before, told = dict(plan.WIDE), []
+    fine = gpu_cublaslt.steps(told.append, [((20, 16, 12, 5), M)])
+    assert fine, json.dumps(told)
+    json.dumps(told)
+    assert before == plan.WIDE
+    assert [(r["precision"], r["library"], bool(r["products"])) for r in told] == [
+        (name, library, library) for name in ("float64", "float32", "tf32") for library in (False, True)
+    ]
+    assert all(r["us"] == 500 and not r["notes"] and r["fell_back"] is None for r in told)
+    errors = [r["error"] for r in told]
+    assert errors[0] == 0
+    assert errors[1] < 1e-14
+    assert max(errors[2:4]) < 1e-5
+    assert 1e-5 < max(errors[4:]) < 1e-2
