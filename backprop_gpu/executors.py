@@ -158,6 +158,7 @@ class Graph(Eager):
 
     rung = "graph"
     sizes = (64, 16, 1)
+    timed = 1  # of cuBLASLt's algorithms, those to choose from by time; with more than one the bits are a matter of luck
 
     def __init__(self, problem: Problem, rule: Optimizer, batch_size: int, seed: int, steps: int) -> None:
         super().__init__(problem, rule, batch_size, seed, steps)
@@ -222,8 +223,11 @@ class Graph(Eager):
         except cublaslt.CublasLtError as e:
             return e.cause
         if product.reason is None:
+            stream = self.problem.net.backend.xp.cuda.get_current_stream()
             try:
-                product.run(self.problem.net.backend.xp.cuda.get_current_stream().ptr)
+                product.run(stream.ptr)
+                if self.timed > 1:
+                    product.time(cublaslt.by_events(stream), self.timed)
             except cublaslt.CublasLtError as e:
                 product.close()
                 return e.cause
@@ -410,13 +414,13 @@ def _found(vectors: dict[str, Any], argument: Any) -> Any:
 def device_of(cp: Any) -> plans.Device:
     """What a plan needs to know of the current GPU."""
     runtime, index = cp.cuda.runtime, cp.cuda.runtime.getDevice()
-    major, minor, processors, clock, memory_clock, bits = (
-        runtime.deviceGetAttribute(attribute, index) for attribute in (75, 76, 16, 13, 36, 37)
+    major, minor, processors, shared, clock, memory_clock, bits = (
+        runtime.deviceGetAttribute(attribute, index) for attribute in (75, 76, 16, 97, 13, 36, 37)
     )
     arch = 10 * major + minor
     name = runtime.getDeviceProperties(index)["name"].decode()
     lanes = 64 if arch in (60, 70, 72, 75, 80) else 128
-    return plans.Device(name, arch, processors, 2e3 * memory_clock * bits / 8, 2e3 * clock * lanes * processors)
+    return plans.Device(name, arch, processors, shared, 2e3 * memory_clock * bits / 8, 2e3 * clock * lanes * processors)
 
 
 TASKS = {"labels": 1, "binary": 2, "multilabel": 2}  # as in right.cuh

@@ -8,7 +8,8 @@ the nodes that it puts there, and timed: a graph of LAUNCHES runs between two ev
 told with "error", what is not on offer with "reason", and the next one follows.
 
 `--steps` tells from which width and batch on a training step is faster with its products by cuBLASLt than with kernels
-of its own: each of STEPS in a graph of 16 both ways, and the error of the gradient.
+of its own: each of STEPS in a graph of 16 both ways, and a third time with algorithms that were chosen by time; and the
+error of the gradient.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 
 import backprop_gpu as bp
 from backprop_gpu import BackendError, cublaslt, executors, plan
+from backprop_gpu.backend import to_host
 from backprop_gpu.costs import choose_cost
 from backprop_gpu.cublaslt import PRECISIONS, WORKSPACE_BYTES, Library, Product, mask_shape
 from backprop_gpu.inputs import Samples
@@ -362,11 +364,11 @@ def steps(emit: Emit, networks: Any = STEPS, precisions: Any = tuple(ARITHMETIC)
     for layers, m in networks:
         exact = None
         for precision in sorted(precisions, key="float64".__ne__):
-            for library in (False, True):
+            for library, timed in ((False, 1), (True, 1), (True, cublaslt.MOST_CANDIDATES)):
                 told: dict[str, Any] = {"what": "step", "layers": layers, "m": m, "precision": precision}
-                told["library"] = library
+                told |= {"library": library, "timed": timed}
                 try:
-                    found, gradient = _step(layers, m, precision, library)
+                    found, gradient = _step(layers, m, precision, library, timed)
                     exact = gradient if exact is None else exact
                     told |= found | {"error": float(np.linalg.norm(gradient - exact) / np.linalg.norm(exact))}
                 except Exception as e:  # told, and the next one may do
@@ -375,25 +377,28 @@ def steps(emit: Emit, networks: Any = STEPS, precisions: Any = tuple(ARITHMETIC)
     return fine
 
 
-def _step(layers: tuple[int, ...], m: int, precision: str, library: bool) -> tuple[dict[str, Any], np.ndarray]:
+def _step(
+    layers: tuple[int, ...], m: int, precision: str, library: bool, timed: int
+) -> tuple[dict[str, Any], np.ndarray]:
     """What there is to tell of a step, and its gradient."""
     of_plan: Any = plan
-    before = plan.WIDE, plan.arithmetic_of
+    before = plan.WIDE, plan.arithmetic_of, executors.Graph.timed
     wide = plan.Wide(plan.NARROW + 1, 1)
     dtype = "float64" if precision == "float64" else "float32"
     of_plan.WIDE, of_plan.arithmetic_of = {precision: wide} if library else {}, lambda *_: ARITHMETIC[precision]
+    executors.Graph.timed = timed
     try:
         with contextlib.closing(_run_of(layers, m, dtype, bp.SGD(1.0))) as run, run.problem.net.backend.active():
-            theta = bp.backend.to_host(run.theta).astype(np.float64)
+            before_it = _parameters(run)
             run.begin(np.arange(m * A_GRAPH), [0, m], [1.0], 1)
             run.run(0, 1, True)
-            gradient = theta - bp.backend.to_host(run.theta)
+            gradient = before_it - _parameters(run)
         with contextlib.closing(_run_of(layers, m, dtype, bp.Adam(1e-3))) as run, run.problem.net.backend.active():
             us = 1e6 * _seconds(run, m)
             products = [f"{p.name} {p.layer} {p.epilogue}" for p in run.plan.products.values()]
             return {"us": us, "products": products, "notes": run.plan.notes, "fell_back": run.failed}, gradient
     finally:
-        of_plan.WIDE, of_plan.arithmetic_of = before
+        of_plan.WIDE, of_plan.arithmetic_of, executors.Graph.timed = before
 
 
 def _run_of(layers: tuple[int, ...], m: int, dtype: str, rule: Any) -> executors.Graph:
@@ -405,6 +410,12 @@ def _run_of(layers: tuple[int, ...], m: int, dtype: str, rule: Any) -> executors
         samples = Samples(X, T, None, "labels").on(net.backend.asarray)
         problem = executors.Problem(net, choose_cost(None, net.output), samples, "mean", Regularization(), 0)
         return executors.Graph(problem, rule, m, 7, A_GRAPH)
+
+
+def _parameters(run: executors.Graph) -> np.ndarray:
+    """All weights and biases in a row, without what lies between them."""
+    net = run.problem.net
+    return np.concatenate([to_host(p).ravel() for p in (*net.W, *net.b) if p is not None]).astype(np.float64)
 
 
 def _seconds(run: executors.Graph, m: int) -> float:

@@ -21,7 +21,7 @@ extern "C" __global__ __launch_bounds__(TILE::THREADS, TILE::ROWS * TILE::COLUMN
     if (mask) mask += model * of_work;
     bool usual = true;
     product<TILE, ALONG, DOWN>(
-        shared, deltas, weights, row, column, k, false, Nothing(), Nothing(),
+        shared, deltas, weights, row, column, k, false, Nothing(),
         [&](int i, int j) {  // f'(Z), times the mask
             Pack<real, 2> d = {};
             if (i >= m || j >= n) return d;

@@ -23,7 +23,7 @@ extern "C" __global__ __launch_bounds__(TILE::THREADS, TILE::ROWS * TILE::COLUMN
     F += model * of_work;
     bool usual = true;
     product<TILE, ALONG, ALONG>(
-        shared, below, weights, row, column, k, batch != 0, Nothing(), Nothing(),
+        shared, below, weights, row, column, k, batch != 0, Nothing(),
         [&](int, int j) { return bias ? get_pair(bias, 0, j, 0, n) : Pack<real, 2>(); },
         [&](int i, int j, const Pack<real, 2>& product, const Pack<real, 2>& of_b) {
             if (i >= m || j >= n) return;

@@ -16,8 +16,7 @@
 
 enum { FIRST_TILE, TILES_ACROSS, N_OUT, N_IN, W_AT, B_AT, DELTA_AT, DELTA_STRIDE, A_AT, A_STRIDE, LAYER };  // B_AT may be -1
 
-constexpr int MOST_LAYERS = 8, MOST_NEAR = 1024;  // layers and samples that are looked up in advance
-constexpr int MOST_NUMBERS = 16;                  // of a rule
+constexpr int MOST_LAYERS = 8;  // whose table is kept near
 
 __device__ void add_up(const real* C, const real* right, const real* w, double* measured, int m) {
     double cost = 0, hits = 0;
@@ -37,39 +36,48 @@ __device__ void add_up(const real* C, const real* right, const real* w, double* 
 struct Taken {
     real *theta, *g;
     real* slots[3];
-    const real* numbers;  // the rule's, of this step
+    const Step& step;
 #ifdef RULE
+    RULE rule;
     using Pair = Elements<2>;
 #else
     struct Pair {};
 #endif
 
-    // What is at i, i + 1 of theta and of the slots, one access each where `whole`.
-    __device__ __forceinline__ Pair get(long long i, bool whole) const {
+    // The pair at i, i + 1 of theta, in one access where `even`, as far as there are `n` of them.
+    __device__ Pair get(long long i, bool even, int n) const {
         Pair x = {};
 #ifdef RULE
-        if (whole) x.get(theta, slots, i / 2);
+        if (even)
+            x.get(theta, slots, i / 2);
+        else
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+                if (e < n) {
+                    Elements<1> one;
+                    one.get(theta, slots, i + e);
+                    x.x.v[e] = one.x.v[0];
+#pragma unroll
+                    for (int k = 0; k < 3; ++k) x.s[k].v[e] = one.s[k].v[0];
+                }
 #endif
         return x;
     }
-    // The gradient of i .. i + n - 1 is there; `x` counts where it is whole.
-    __device__ __forceinline__ void put(long long i, bool whole, int n, const Pack<real, 2>& gradient, Pair x) const {
+    __device__ void put(long long i, bool even, int n, Pack<real, 2> gradient, Pair x) const {
 #ifdef RULE
-        const RULE rule(numbers);
-        if (whole) {
-            x.step(rule, gradient);
+        if (!step.usual()) return;
+        x.step(rule, gradient);
+        if (even)
             x.put(theta, slots, i / 2);
-        } else {
-#pragma unroll 1
-            for (int e = 0; e < n; ++e) {
-                Elements<1> one;
-                one.get(theta, slots, i + e);
-                one.step(rule, {{e == 0 ? gradient.v[0] : gradient.v[1]}});
-                one.put(theta, slots, i + e);
-            }
-        }
+        else
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+                if (e < n) {
+                    const Elements<1> one = {{{x.x.v[e]}}, {{{x.s[0].v[e]}}, {{x.s[1].v[e]}}, {{x.s[2].v[e]}}}};
+                    one.put(theta, slots, i + e);
+                }
 #else
-        if (whole)
+        if (even)
             store<2>(g, i / 2, gradient);
         else
 #pragma unroll
@@ -81,8 +89,7 @@ struct Taken {
 
 template <class From>
 __device__ __forceinline__ void layer_tile(unsigned char* shared, const real* work, const long long* layer,
-                                           const Matrix<From>& below, int tile, real scale, int m, const Step& step,
-                                           const Taken& taken) {
+                                           const Matrix<From>& below, int tile, real scale, int m, const Taken& taken) {
     const int n_out = layer[N_OUT], n_in = layer[N_IN], across = layer[TILES_ACROSS];
     const long long at_W = layer[W_AT], at_b = layer[B_AT];
     const int row = tile / across * TILE::ROWS, column = tile % across * TILE::COLUMNS;
@@ -90,13 +97,12 @@ __device__ __forceinline__ void layer_tile(unsigned char* shared, const real* wo
     // db: GROUPS of threads add up every GROUPS-th row of a panel each; then their sums are joined in order.
     constexpr int LD = Panel<real, DOWN, TILE::ROWS, TILE::DEPTH, TILE::THREADS>::LD;
     constexpr int GROUPS = TILE::THREADS / TILE::ROWS;
-    static_assert(GROUPS * TILE::ROWS == TILE::THREADS, "each thread sums one column");
+    static_assert(GROUPS * TILE::ROWS == TILE::THREADS, "each thread has one column");
     const int group = threadIdx.x / TILE::ROWS, unit = threadIdx.x % TILE::ROWS;
-    const bool sums_b = column == 0 && at_b >= 0;
-    bool usual = false;
+    const bool sums_b = column == 0 && at_b >= 0, even = n_in % 2 == 0;
     real db = 0;
     product<TILE, DOWN, DOWN>(
-        shared, delta, below, row, column, m, false, [&] { usual = step.usual(); },
+        shared, delta, below, row, column, m, false,
         [&](const real* panel) {
             if (sums_b) {
 #pragma unroll 8
@@ -104,28 +110,28 @@ __device__ __forceinline__ void layer_tile(unsigned char* shared, const real* wo
             }
         },
         [&](int i, int j) {
-            return taken.get(at_W + (long long)i * n_in + j, i < n_out && j < n_in && n_in % 2 == 0);
+            return i < n_out && j < n_in ? taken.get(at_W + (long long)i * n_in + j, even, n_in - j) : typename Taken::Pair();
         },
         [&](int i, int j, Pack<real, 2> gradient, const typename Taken::Pair& x) {
-            if (i >= n_out || j >= n_in || !usual) return;
-#pragma unroll
-            for (int e = 0; e < 2; ++e) gradient.v[e] *= scale;
-            const int n = n_in - j < 2 ? n_in - j : 2;
-            taken.put(at_W + (long long)i * n_in + j, n_in % 2 == 0, n, gradient, x);
+            if (i >= n_out || j >= n_in) return;
+            gradient.v[0] *= scale;
+            gradient.v[1] *= scale;
+            taken.put(at_W + (long long)i * n_in + j, even, n_in - j, gradient, x);
         });
     if (sums_b) {
         real* parts = reinterpret_cast<real*>(shared);
         __syncthreads();  // the product is read
         parts[threadIdx.x] = db;
         __syncthreads();
-        if (threadIdx.x < TILE::ROWS && row + unit < n_out && usual) {
+        if (threadIdx.x < TILE::ROWS && row + unit < n_out) {
             for (int part = 1; part < GROUPS; ++part) db += parts[part * TILE::ROWS + unit];
-            taken.put(at_b + row + unit, false, 1, {{db, 0}}, typename Taken::Pair());
+            const long long i = at_b + row + unit;
+            taken.put(i, false, 1, {{db, 0}}, taken.get(i, false, 1));
         }
     }
 }
 
-extern "C" __global__ __launch_bounds__(TILE::THREADS, TILE::THREADS <= 128 ? 3 : 1) void gradients(
+extern "C" __global__ __launch_bounds__(TILE::THREADS, TILE::ROWS * TILE::COLUMNS < 4096 ? 2 : 1) void gradients(
     const long long* layers, int n_layers, int tiles, const SOURCE* data, int data_stride,
     const long long* order, int batch, const real* work, real scale, real* theta, real* g, real* s0, real* s1, real* s2,
     const double* rows, int row_size, long long C, long long right, long long w, double* measured,
@@ -142,41 +148,33 @@ extern "C" __global__ __launch_bounds__(TILE::THREADS, TILE::THREADS <= 128 ? 3 
         add_up(work + C, work + right, w < 0 ? nullptr : work + w, measured + 2 * at_step, m);
         return;
     }
-    // Memory is far: what is needed of it is fetched at once, here, and kept near.
-    __shared__ long long table[MOST_LAYERS * LAYER];
-    __shared__ int near[MOST_NEAR];
-    __shared__ real numbers[MOST_NUMBERS];
-    const bool fits = n_layers <= MOST_LAYERS;
-    if (fits)
-        for (int i = threadIdx.x; i < n_layers * LAYER; i += TILE::THREADS) table[i] = layers[i];
-    if (order) order += model * of_order;
-    const long long first = step.first(batch);
-    const int n_near = order ? m < MOST_NEAR ? m : MOST_NEAR : 0;
+    const Taken taken = {theta + at, g ? g + at : g, {s0 ? s0 + at : s0, s1 ? s1 + at : s1, s2 ? s2 + at : s2},
+                         step
 #ifdef RULE
-    for (int i = threadIdx.x; i < row_size - 3; i += TILE::THREADS) numbers[i] = rows[at_step * row_size + 3 + i];
+                         , RULE(rows + at_step * row_size + 3)
 #endif
-    for (int i = threadIdx.x; i < n_near; i += TILE::THREADS) near[i] = order[first + i];
-    __syncthreads();
-    const Taken taken = {theta + at, g ? g + at : g, {s0 ? s0 + at : s0, s1 ? s1 + at : s1, s2 ? s2 + at : s2}, numbers};
+    };
+    __shared__ long long table[MOST_LAYERS * LAYER];  // fetched at once: memory is far
+    const bool fits = n_layers <= MOST_LAYERS;
+    if (fits) {
+        for (int i = threadIdx.x; i < n_layers * LAYER; i += TILE::THREADS) table[i] = layers[i];
+        __syncthreads();
+    }
     const long long* layer = fits ? table : layers;
     for (int l = 1; l < n_layers && tile >= layer[LAYER + FIRST_TILE]; ++l) layer += LAYER;
     const int mine = tile - layer[FIRST_TILE], n_in = layer[N_IN];
     work += at_work;
+    if (order) order += model * of_order;
     if constexpr (sizeof(SOURCE) == 1) {
         if (layer[A_AT] < 0) {
-            Matrix<SOURCE> batch_of(data, m, n_in, data_stride, order, first);
-            batch_of.near = near;
-            batch_of.n_near = n_near;
-            layer_tile(shared, work, layer, batch_of, mine, scale, m, step, taken);
+            const Matrix<SOURCE> batch_of(data, m, n_in, data_stride, order, step.first(batch));
+            layer_tile(shared, work, layer, batch_of, mine, scale, m, taken);
             return;
         }
     }
     const bool of_data = layer[A_AT] < 0;
     const real* below = of_data ? reinterpret_cast<const real*>(data) : work + layer[A_AT];
-    Matrix<real> sources(below, m, n_in, layer[A_STRIDE], of_data ? order : nullptr, of_data ? first : 0);
-    if (of_data) {
-        sources.near = near;
-        sources.n_near = n_near;
-    }
-    layer_tile(shared, work, layer, sources, mine, real(1), m, step, taken);
+    layer_tile(shared, work, layer,
+               Matrix<real>(below, m, n_in, layer[A_STRIDE], of_data ? order : nullptr, of_data ? step.first(batch) : 0), mine,
+               real(1), m, taken);
 }

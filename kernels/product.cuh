@@ -36,17 +36,12 @@ template <class From> struct Matrix {
     const long long* rows;
     long long first;
     bool wide;  // 16 bytes in one access
-    const int* near = nullptr;  // where the first n_near rows are, already looked up
-    int n_near = 0;
 
     __device__ Matrix(const From* data, int height, int width, int stride, const long long* rows = nullptr,
                       long long first = 0)
         : data(data), height(height), width(width), stride(stride), rows(rows), first(first),
           wide(stride % (16 / sizeof(From)) == 0 && aligned<16 / sizeof(From)>(data)) {}
-    __device__ __forceinline__ int row(int r) const {
-        if (r >= height) return 0;
-        return r < n_near ? near[r] : int(rows ? rows[first + r] : first + r);
-    }
+    __device__ int row(int r) const { return r < height ? int(rows ? rows[first + r] : first + r) : 0; }
 };
 
 // HEIGHT x WIDTH of a matrix in shared memory, where a row takes LD elements. The gap between rows is such that the
@@ -60,35 +55,31 @@ template <class From_, Way way, int SIDE, int DEPTH, int THREADS> struct Panel {
     static constexpr int I = way == ALONG ? LD : 1, K = way == ALONG ? 1 : LD;  // from (i, k) to its neighbours
     static constexpr bool exact = sizeof(From) == 1;  // whole numbers up to 255
 
-    int row[way == ALONG ? COPIES : 1];  // of the data, where the next panel has the same rows as this one
+    int row[COPIES];  // of the data, for the copies that come next
 
-    template <class F> static __device__ __forceinline__ void each(F f) {
+    template <class F> __device__ __forceinline__ void each(F f) {
 #pragma unroll
         for (int j = 0; j < COPIES; ++j) {
             const int p = threadIdx.x + j * THREADS;
-            if (HEIGHT * ACROSS % THREADS == 0 || p < HEIGHT * ACROSS) f(j, p / ACROSS, p % ACROSS * PER);
+            if (HEIGHT * ACROSS % THREADS == 0 || p < HEIGHT * ACROSS) f(row[j], p / ACROSS, p % ACROSS * PER);
         }
     }
-    __device__ __forceinline__ Panel(const Matrix<From>& from, int i) {
-        if constexpr (way == ALONG) each([&](int j, int r, int) { row[j] = from.row(i + r); });
+    // Finds the rows that the panel from (i, k) on is copied from: memory is far, so this goes before.
+    __device__ __forceinline__ void find(const Matrix<From>& from, int i, int k) {
+        each([&](int& at, int r, int) { at = from.row((way == ALONG ? i : k) + r); });
     }
-    // Begins to copy the panel from (i, k) on.
-    __device__ __forceinline__ void copy(const Matrix<From>& from, int i, int k, From* to) const {
-        const int top = way == ALONG ? i : k, left = way == ALONG ? k : i;
-        each([&](int j, int r, int c) {
-            int at;
-            if constexpr (way == ALONG)
-                at = row[j];
-            else
-                at = from.row(top + r);
-            const int there = top + r < from.height ? from.width - left - c : 0;  // elements before the edge
+    __device__ __forceinline__ void copy(const Matrix<From>& from, int i, int k, From* to) {
+        const int row = way == ALONG ? i : k, column = way == ALONG ? k : i;
+        each([&](int at, int r, int c) {
+            const int there = row + r < from.height ? from.width - column - c : 0;  // elements before the edge
+            const From* p = from.data + (long long)at * from.stride + column + c;
             const int elements = there < 0 ? 0 : there < PER ? there : PER;
-            const From* p = from.data + (long long)at * from.stride + left + c;
             if (from.wide)
                 copy_async16(to + r * LD + c, elements ? p : from.data, elements * int(sizeof(From)));
-            else
-#pragma unroll 1
-                for (int e = 0; e < PER; ++e) to[r * LD + c + e] = e < elements ? p[e] : From(0);
+            else {
+#pragma unroll
+                for (int e = 0; e < PER; ++e) to[r * LD + c + e] = e < there ? p[e] : From(0);
+            }
         });
     }
 };
@@ -193,10 +184,10 @@ struct bf16 {
 // `Tile.shared` of plan.py bytes, at a multiple of 16.
 //
 // What the kernel before this one writes is not touched before pdl_wait. That may be one of the operands: B with
-// `early_a`, then prepare comes behind the wait too; else A. `waited()` is called behind it.
-template <class T, Way WAY_A, Way WAY_B, class FromA, class FromB, class Waited, class Watch, class Prepare, class Finish>
+// `early_a`, then prepare comes behind the wait too; else A.
+template <class T, Way WAY_A, Way WAY_B, class FromA, class FromB, class Watch, class Prepare, class Finish>
 __device__ __forceinline__ void product(unsigned char* shared, const Matrix<FromA>& A, const Matrix<FromB>& B, int row,
-                                        int column, int depth, bool early_a, Waited waited, Watch watch, Prepare prepare,
+                                        int column, int depth, bool early_a, Watch watch, Prepare prepare,
                                         Finish finish) {
     using OfA = Panel<FromA, WAY_A, T::ROWS, T::DEPTH, T::THREADS>;
     using OfB = Panel<FromB, WAY_B, T::COLUMNS, T::DEPTH, T::THREADS>;
@@ -219,10 +210,15 @@ __device__ __forceinline__ void product(unsigned char* shared, const Matrix<From
     };
     auto is_pair = [&](int p) { return !joined || ALL_PAIRS % T::THREADS == 0 || threadIdx.x + p * T::THREADS < ALL_PAIRS; };
 
-    const OfA a(A, row);
-    const OfB b(B, column);
+    OfA a[STAGES];  // of all but the last only the first use counts
+    OfB b[STAGES];
     auto of_a = [&](int stage) { return reinterpret_cast<FromA*>(shared + stage * OfA::BYTES); };
     auto of_b = [&](int stage) { return reinterpret_cast<FromB*>(shared + STAGES * OfA::BYTES + stage * OfB::BYTES); };
+#pragma unroll
+    for (int s = 0; s < STAGES; ++s) {
+        a[s].find(A, row, s * T::DEPTH);
+        b[s].find(B, column, s * T::DEPTH);
+    }
     decltype(prepare(0, 0)) more[EARLY ? PAIRS : 1];
     auto prepare_early = [&] {
         if constexpr (EARLY) {
@@ -234,16 +230,15 @@ __device__ __forceinline__ void product(unsigned char* shared, const Matrix<From
     auto copy_stage = [&](int s, bool of_A) {
         if (s * T::DEPTH >= depth) return;
         if (of_A)
-            a.copy(A, row, s * T::DEPTH, of_a(s));
+            a[s].copy(A, row, s * T::DEPTH, of_a(s));
         else
-            b.copy(B, column, s * T::DEPTH, of_b(s));
+            b[s].copy(B, column, s * T::DEPTH, of_b(s));
     };
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) copy_stage(s, early_a);
     if (!early_a) prepare_early();
     pdl_wait();
     pdl_launch();
-    waited();
 #pragma unroll
     for (int s = 0; s < STAGES - 1; ++s) {
         copy_stage(s, !early_a);
@@ -251,13 +246,17 @@ __device__ __forceinline__ void product(unsigned char* shared, const Matrix<From
     }
     if (early_a) prepare_early();
     Sums<T::M, T::N> acc = {};
+    OfA& next_a = a[STAGES - 1];
+    OfB& next_b = b[STAGES - 1];
     for (int k = 0, stage = 0; k < depth; k += T::DEPTH, stage = stage + 1 == STAGES ? 0 : stage + 1) {
         copy_async_wait<STAGES - 2>();
         __syncthreads();  // this stage has landed for all, and the one before is read
         const int ahead = k + (STAGES - 1) * T::DEPTH, free = stage == 0 ? STAGES - 1 : stage - 1;
         if (ahead < depth) {
-            a.copy(A, row, ahead, of_a(free));
-            b.copy(B, column, ahead, of_b(free));
+            next_a.copy(A, row, ahead, of_a(free));
+            next_b.copy(B, column, ahead, of_b(free));
+            if (WAY_A == DOWN) next_a.find(A, row, ahead + T::DEPTH);
+            if (WAY_B == DOWN) next_b.find(B, column, ahead + T::DEPTH);
         }
         copy_async_commit();
         ARITHMETIC::template multiply<OfA, OfB, T::M, T::N, T::K>(
@@ -300,11 +299,7 @@ __device__ __forceinline__ void product(unsigned char* shared, const Matrix<From
     }
 }
 
-struct Nothing {
-    __device__ void operator()() const {}
-    __device__ void operator()(const real*) const {}
-    __device__ void operator()(const unsigned char*) const {}
-};
+struct Nothing { __device__ void operator()(const real*) const {} __device__ void operator()(const unsigned char*) const {} };
 
 // A pair, column even, of a row-major matrix of width n, as far as it is in there.
 __device__ __forceinline__ Pack<real, 2> get_pair(const real* M, int row, int column, int stride, int n) {

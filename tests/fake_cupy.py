@@ -29,8 +29,9 @@ import numpy as np
 
 DEVICE_NAME = b"Fake GPU"
 ALIGNED = 512  # bytes, of which every address of an allocation is a multiple, as of CuPy's pool
-# CUDA's numbers of attributes: capability 8.0, processors, clocks (kHz) of them and of the memory, bits of its bus.
-ATTRIBUTES = {75: 8, 76: 0, 16: 4, 13: 1_000_000, 36: 1_000_000, 37: 1024}
+# CUDA's numbers of attributes: capability 8.0, processors, bytes of shared memory a block may have, clocks (kHz) of
+# processors and memory, bits of its bus.
+ATTRIBUTES = {75: 8, 76: 0, 16: 4, 97: 163 << 10, 13: 1_000_000, 36: 1_000_000, 37: 1024}
 
 
 class Counts:

@@ -1,4 +1,4 @@
-"""Which CUDA texts there are: each file of kernels/ with every legal choice of the macros that it uses.
+"""Which CUDA texts there are: each file of kernels/ with the legal choices of the macros that it uses.
 
 The functions, costs and rules are those that the headers define; which cost goes with which output function is asked of
 the package's own table.
@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from backprop_gpu import costs, cuda_source
+from backprop_gpu import plan as plans
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 FILES = sorted(path.name for path in KERNELS.glob("*.cu"))
@@ -50,8 +51,57 @@ def legal(choice):
     return outputs is None or f is None or f.removeprefix("f_") in outputs
 
 
+def tiled():
+    """The choices of REAL, ARITHMETIC and TILE of a product."""
+    chosen = [("float", a, tile) for a in ("ffma", "tf32x2", "tf32", "bf16") for tile in plans._FLOAT]
+    chosen += [("double", "ffma", tile) for tile in plans._DOUBLE]
+    return [
+        {"REAL": real, "ARITHMETIC": arithmetic, "TILE": str(tile)}
+        for real, arithmetic, tile in chosen
+        if arithmetic != "bf16" or tile.depth // tile.deep % 16 == 0
+    ]
+
+
+def of_a_step(file):
+    """Choices for a kernel of a step: each value of each macro, not each with each other."""
+    if file == "advance.cu":
+        return [{"REAL": "float"}]
+    hidden = [f for f in structs("ACTIVATION") if f not in ROW_FUNCTIONS]
+    if file == "head.cu":
+        pairs = [
+            (cost, f)
+            for cost in structs("COST")
+            for f in structs("ACTIVATION")
+            if legal({"COST": cost, "ACTIVATION": f})
+        ]
+        usual = ("cost_cross_entropy", "f_softmax")
+        chosen = [(real, str(plans.HEAD_WARPS), *usual, f) for f in hidden for real in ("float", "double")]
+        chosen += [("float", "1", *pair, "f_identity") for pair in pairs]
+        chosen += [("double", "1", *pair, "f_tanh") for pair in pairs[:: len(pairs) // 4]]
+        return [dict(zip(("REAL", "ROWS", "COST", "ACTIVATION", "BELOW"), of, strict=True)) for of in chosen]
+    every = tiled()
+    small, small_double = ({**of, "SOURCE": "real"} for of in (every[len(plans._FLOAT) - 1], every[-1]))
+    sources = itertools.cycle(("unsigned char", "real"))
+    if file == "gradients.cu":
+        rules = structs("RULE")
+        chosen = [
+            {**of, "SOURCE": next(sources), "RULE": rule}
+            for of, rule in zip(every, itertools.cycle(rules), strict=False)
+        ]
+        chosen += [small, small_double, *({**small, "RULE": rule} for rule in rules)]
+        return [*chosen, *({**small_double, "RULE": rule} for rule in rules)]
+    chosen = [{**of, "SOURCE": next(sources), "ACTIVATION": "f_tanh"} for of in every]
+    chosen += [{**of, "ACTIVATION": f} for of in (small, small_double) for f in hidden if f != "f_tanh"]
+    return chosen if file == "forward.cu" else [{k: v for k, v in of.items() if k != "SOURCE"} for of in chosen]
+
+
 def variants(file):
-    """Every legal choice, {macro: what it stands for}, of the macros that the file uses; [{}] where it uses none."""
+    """The choices, {macro: what it stands for}, of the macros that the file uses; [{}] where it uses none.
+
+    All legal ones of a kernel that is an operation alone; a covering part of them of a kernel of a step.
+    """
+    if file in OF_A_STEP:
+        return of_a_step(file)
     used = macros(file)
     values = [("float", "double") if macro == "REAL" else structs(macro) for macro in used]
     choices = (dict(zip(used, chosen, strict=True)) for chosen in itertools.product(*values))
@@ -65,6 +115,11 @@ def texts(file, **fixed):
         for choice in variants(file)
         if all(choice.get(macro, value) == value for macro, value in fixed.items())
     ]
+
+
+def runs_on(choice, arch):
+    """Whether the package would ask for that choice there: tensor cores of these kinds came with sm_80."""
+    return arch >= 80 or choice.get("ARITHMETIC", "ffma") == "ffma"
 
 
 def joined(parts):

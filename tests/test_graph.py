@@ -16,7 +16,10 @@ import backprop_gpu as bp
 from backprop_gpu import driver, executors
 from backprop_gpu import plan as plans
 from backprop_gpu.backend import to_host
-from backprop_gpu.executors import Eager, Graph
+from backprop_gpu.costs import choose_cost
+from backprop_gpu.executors import Eager, Graph, Problem
+from backprop_gpu.inputs import Samples
+from backprop_gpu.regularization import Regularization
 
 N, LAYERS = 103, [20, 13, 5]
 
@@ -180,6 +183,31 @@ def test_a_small_batch_in_the_middle_is_a_graph_of_its_own(cp, data, monkeypatch
     trained(network(), data, epochs=4, batch_size=20, batches="chunks", seed=3)
     assert asked.count((3, 1)) == 4
     assert len({m for m, _ in asked}) == 2
+
+
+@pytest.mark.parametrize(
+    "ends", [[0, 24, 36, 48, 60], [0, 12, 24, 48, 60], [0, 12, 24, 36, 60], [0, 24, 34, 44, 54, 60]]
+)
+def test_small_batches_in_a_row(cp, data, ends, monkeypatch):
+    """What `Eager.begin` allows, though no run of `train` has it."""
+    X, T = data
+    thetas = []
+    for how in (Eager, Graph):
+        net = network()
+        samples = Samples(X[:60], T[:60], None, "labels")
+        with net.backend.active():
+            problem = Problem(
+                net, choose_cost(None, "softmax"), samples.on(net.backend.asarray), "mean", Regularization(), 0
+            )
+            steps = len(ends) - 1
+            with contextlib.closing(how(problem, bp.SGD(0.1), 24, 0, steps)) as executor:
+                executor.begin(np.random.default_rng(0).permutation(60), ends, [0.1] * steps, 1)
+                done = 0
+                while done < steps:
+                    done += executor.run(done, steps - done, False)
+                executor.finish()
+        thetas.append(theta(net))
+    np.testing.assert_allclose(thetas[1], thetas[0], rtol=1e-10, atol=1e-13)
 
 
 def test_a_graph_is_recorded_once(cp, data, seen, monkeypatch):

@@ -88,9 +88,7 @@ def test_cases_agree_with_numpy_and_reach_every_kernel(on_gpu, card):
     n, wrong = on_gpu.run_cases(backends.choose("cupy"), dtypes=[F32])
     assert wrong == []
     assert n == 4 * len(list(on_gpu.cases(F32, 2, 3)))
-    assert {name for name in on_gpu.kernel_names() - fake_cupy.Counts.kernels if name not in OF_WHOLE_STEPS} == {
-        "probe"
-    }
+    assert on_gpu.kernel_names() - fake_cupy.Counts.kernels <= {"probe"} | OF_WHOLE_STEPS
 
 
 def test_cases_find_a_wrong_result_and_one_that_raises(on_gpu, card, monkeypatch):
@@ -253,6 +251,7 @@ def test_mnist_compares_two_curves(on_gpu, card, record, blobs, monkeypatch, dri
     monkeypatch.setattr(on_gpu, "BATCH", 32)
     monkeypatch.setattr(on_gpu, "step_time", functools.partial(on_gpu.step_time, steps=2, repeats=2))
     if drift:
+        monkeypatch.setenv("BACKPROP_GPU_EXECUTOR", "eager")
         be = backends.choose("cupy")
         output_delta = be.ops.output_delta
 

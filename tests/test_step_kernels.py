@@ -5,7 +5,6 @@ theta, at the ends of rows, behind the last sample, all is NaN.
 """
 
 import dataclasses
-import functools
 import re
 from typing import NamedTuple
 
@@ -19,9 +18,9 @@ import backprop_gpu as bp
 from backprop_gpu import backend as backends
 from backprop_gpu import cuda_source, numpy_ops
 from backprop_gpu import plan as plans
-from backprop_gpu.activations import HIDDEN, OUTPUT, Activation
+from backprop_gpu.activations import HIDDEN, Activation
 from backprop_gpu.backend import to_host
-from backprop_gpu.costs import COSTS, choose_cost
+from backprop_gpu.costs import choose_cost
 from backprop_gpu.network import Batch, Views, backward, forward
 from backprop_gpu.plan import _DOUBLE, _FLOAT, Tile
 
@@ -44,11 +43,13 @@ def _built_beside_the_tests(request):
         activations = [(case, case.precision == "float32") for case in OF_ACTIVATIONS]
         pairs = [(case, (case.cost, case.output) in FEW_PAIRS) for case in OF_PAIRS]
         rules = [(case, True) for case in OF_RULES]
+        parts = []
         for cases in (arithmetic, options, activations, pairs, rules):
-            kernels_on_cpu.build_ahead(
+            parts += [
                 ([text for case, _ in cases for text in case.texts(ops)], False),
                 ([text for case, looked_at in cases if looked_at for text in case.texts(ops)], True),
-            )
+            ]
+        kernels_on_cpu.build_ahead(*parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +207,9 @@ class Step:
         if self.case.models > 1:  # which lie between each other's, as no two arrays do
             given = {a: self.device.asarray(to_host(its)) for a, its in given.items()}
         before = {a: to_host(its) for a, its in given.items()} if self.case.models > 1 else {}
-        listed = [given.get(a, self.found(a)) if isinstance(a, plans.Place) else self.found(a) for a in operation.arguments]
+        listed = [
+            given.get(a, self.found(a)) if isinstance(a, plans.Place) else self.found(a) for a in operation.arguments
+        ]
         arguments = self.device.ops.arguments(kernel, listed)
         if operation.shared > 32 << 10:
             kernel.function.max_dynamic_shared_size_bytes = operation.shared
@@ -471,7 +474,9 @@ OPTIONS = {  # of one text each, as far as may be
     "ten layers": Case(TEN),
     "ten layers, frozen": Case(TEN, frozen=5, bias=[True, False] * 5),
     "own activations": Case(hidden=[SOFTSIGN, SQUARE_PLUS], output=SOFTSIGN, cost=LOG_COSH),
-    "own activations, the other way": Case(hidden=[SQUARE_PLUS, SOFTSIGN], output=SQUARE_PLUS, cost="mae", **{"targets": "rows"}),
+    "own activations, the other way": Case(
+        hidden=[SQUARE_PLUS, SOFTSIGN], output=SQUARE_PLUS, cost="mae", **{"targets": "rows"}
+    ),
     "own cost": Case(output="softmax", cost=LOG_COSH),
 }
 
@@ -481,9 +486,7 @@ def test_options(device, name):  # noqa: F811
     run(OPTIONS[name], device)
 
 
-OF_ACTIVATIONS = [
-    Case(ODD, hidden=f, precision=precision) for f in HIDDEN for precision in ("float32", "float64")
-]
+OF_ACTIVATIONS = [Case(ODD, hidden=f, precision=precision) for f in HIDDEN for precision in ("float32", "float64")]
 
 
 @pytest.mark.parametrize("case", OF_ACTIVATIONS, ids=lambda case: f"{case.hidden} {case.precision}")
@@ -512,7 +515,13 @@ def test_costs_and_outputs(device, case):  # noqa: F811
 
 def test_blocks_that_go_round(device):  # noqa: F811
     """So few of them that each works on several samples, one after the other."""
-    for case in (Case(m=23), Case(m=7, few=True), Case((12, 9, 70), m=23), Case((5, 7, 1100), m=5), Case(m=23, dropout=0.4)):
+    for case in (
+        Case(m=23),
+        Case(m=7, few=True),
+        Case((12, 9, 70), m=23),
+        Case((5, 7, 1100), m=5),
+        Case(m=23, dropout=0.4),
+    ):
         Step(case, device).run({"head": (2, 1, 1), "drop": (1, 1, 1)}).check()
 
 
@@ -558,11 +567,17 @@ OF_RULES = [
 ]
 
 
-@pytest.mark.parametrize("case", OF_RULES, ids=lambda case: f"{case.rule!r} {len(case.layers)} {case.precision} {case.data}")
+@pytest.mark.parametrize(
+    "case", OF_RULES, ids=lambda case: f"{case.rule!r} {len(case.layers)} {case.precision} {case.data}"
+)
 def test_a_fused_rule_is_the_update_of_the_gradient(device, case):  # noqa: F811
     alone = run(dataclasses.replace(case, rule=None), device)
     fused = run(case, device)
-    its = [alone.get("gradient"), fused.theta[0], *(fused.host[name][0] for name in fused.host if name.startswith("slot"))]
+    its = [
+        alone.get("gradient"),
+        fused.theta[0],
+        *(fused.host[name][0] for name in fused.host if name.startswith("slot")),
+    ]
     start, placed = fused.plan.start, fused.plan.slots
     inside = ~np.isnan(its[0])
     assert inside.any()
@@ -629,7 +644,7 @@ def test_models_stand_where_their_own_states_say(device):  # noqa: F811
 BAD = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
 
 
-def spoilt(device, kernel, bad, case=Case(ODD), at=-1):  # noqa: F811, B008
+def spoilt(device, kernel, bad, case=Case(ODD), at=-1):  # noqa: F811
     """A step after which `kernel` alone has run again, on an input that makes its last column bad."""
     step = Step(case, device).run()
     assert step.unusual == 0
@@ -762,6 +777,40 @@ def test_the_same_bits_in_any_order(arithmetic):
     assert results[1:] == results[:1] * 4
 
 
+# ------------------------------------------------------------------------------------------------------ shared memory
+
+PANELS = {"forward": ("ALONG", "ALONG"), "delta": ("ALONG", "DOWN"), "gradients": ("DOWN", "DOWN")}
+
+
+def test_shared_memory_is_what_the_panels_take():
+    """Tile.shared of plan.py, for every tile, and a block has that much: 227 KiB on sm_90, 99 on sm_120."""
+    for real, tiles, item in (("float", _FLOAT, 4), ("double", _DOUBLE, 8)):
+        wanted, lines = [], []
+        for tile in tiles:
+            for kernel, (a, b) in PANELS.items():
+                T, at = str(tile), 2 * len(wanted)
+                lines.append(
+                    f"out[{at}] = {tile.stages} * (Panel<real, {a}, {T}::ROWS, {T}::DEPTH, {T}::THREADS>::BYTES + "
+                    f"Panel<real, {b}, {T}::COLUMNS, {T}::DEPTH, {T}::THREADS>::BYTES);"
+                )
+                wide = "a" if kernel == "forward" else "b"  # the operand that may be bytes, which take less
+                of, side = (a, "ROWS") if wide == "a" else (b, "COLUMNS")
+                lines.append(
+                    f"out[{at + 1}] = Panel<real, {of}, {T}::{side}, {T}::DEPTH, {T}::THREADS>::BYTES >= "
+                    f"Panel<unsigned char, {of}, {T}::{side}, {T}::DEPTH, {T}::THREADS>::BYTES;"
+                )
+                joined = tile.deep * tile.rows * (tile.columns + 8) * item
+                wanted.append((tile, kernel, joined))
+        text = cuda_source.text("product.cuh", REAL=real, ARITHMETIC="ffma").replace("#pragma once\n", "")
+        text += 'extern "C" __global__ void sizes(int* out) {\n' + "\n".join(lines) + "\n}\n"
+        out = np.zeros(len(lines), np.int32)
+        kernels_on_cpu.function(text, "sizes", False)((1,), (1,), [out])
+        for (tile, kernel, joined), (panels, more) in zip(wanted, out.reshape(-1, 2), strict=True):
+            assert tile.shared(kernel, item) == max(panels, joined), (tile, kernel)
+            assert more
+            assert tile.shared(kernel, item) <= 99 << 10, (tile, kernel)
+
+
 # -------------------------------------------------------------------------------------------------------- planted bugs
 
 
@@ -792,10 +841,17 @@ LANDED = "__syncthreads();  // this stage has landed for all, and the one before
 WAIT = "copy_async_wait<STAGES - 2>();"
 BUGS = {
     "swapped fragments, tf32": Planted(
-        "forward", "product.cuh", "g + e % 2 * 8) * A::I + (k + t + e / 2 * 4)", "g + e / 2 * 8) * A::I + (k + t + e % 2 * 4)", LONG
+        "forward",
+        "product.cuh",
+        "g + e % 2 * 8) * A::I + (k + t + e / 2 * 4)",
+        "g + e / 2 * 8) * A::I + (k + t + e % 2 * 4)",
+        LONG,
     ),
     "swapped fragments, bf16": Planted(
-        "forward", "product.cuh", "g + e % 2 * 8) * A::I + (k + 2 * t + e / 2 * 8)", "g + e / 2 * 8) * A::I + (k + 2 * t + e % 2 * 8)",
+        "forward",
+        "product.cuh",
+        "g + e % 2 * 8) * A::I + (k + 2 * t + e / 2 * 8)",
+        "g + e / 2 * 8) * A::I + (k + 2 * t + e % 2 * 8)",
         dataclasses.replace(LONG, arithmetic="bf16", tile=Tile(16, 16, 32, 1, 1, 2, 2)),
     ),
     "swapped fragments of b": Planted(
@@ -818,7 +874,10 @@ BUGS = {
         "forward", "product.cuh", "if constexpr (twice && !A::exact)", "if constexpr (false)", LONG
     ),
     "no low part of b": Planted(
-        "delta", "product.cuh", "if constexpr (twice && !B::exact)", "if constexpr (false)",
+        "delta",
+        "product.cuh",
+        "if constexpr (twice && !B::exact)",
+        "if constexpr (false)",
         dataclasses.replace(LONG, layers=(11, 9, 18, 5)),
     ),
     "a row from the order's next place": Planted(
@@ -830,18 +889,26 @@ BUGS = {
     "samples that there are not": Planted(
         "gradients", "product.cuh", "top + r < from.height ?", "true ?", dataclasses.replace(DEEP, batch=40)
     ),
-    "one more column": Planted("forward", "product.cuh", "? from.width - left - c :", "? from.width - left - c + 1 :", Case(ODD)),
+    "one more column": Planted(
+        "forward", "product.cuh", "? from.width - left - c :", "? from.width - left - c + 1 :", Case(ODD)
+    ),
     "one more column, 16 bytes": Planted(
         "delta", "product.cuh", "? from.width - left - c :", "? from.width - left - c + 1 :", Case((9, 8, 7, 5))
     ),
     "no bias": Planted("forward", "forward.cu", " + of_b.v[e];", ";", DEEP),
     "no scale": Planted("forward", "forward.cu", "product.v[e] * scale", "product.v[e]", Case(data="bytes")),
     "W in another stride": Planted("forward", "forward.cu", "of_theta, n, k, k)", "of_theta, n, k, k - 1)", DEEP),
-    "W in another stride, delta": Planted("delta", "delta.cu", "of_theta, k, n, n)", "of_theta, k, n, n - 1)", Case(ODD)),
+    "W in another stride, delta": Planted(
+        "delta", "delta.cu", "of_theta, k, n, n)", "of_theta, k, n, n - 1)", Case(ODD)
+    ),
     "no derivative": Planted("delta", "delta.cu", "ACTIVATION::derivative(d.v[e])", "1", Case()),
     "no mask": Planted("delta", "delta.cu", "d.v[e] *= kept.v[e]", "", Case(dropout=0.5)),
     "db of another column": Planted(
-        "gradients", "gradients.cu", "panel[k * LD + threadIdx.x]", "panel[k * LD + (threadIdx.x + 1) % TILE::ROWS]", DEEP
+        "gradients",
+        "gradients.cu",
+        "panel[k * LD + threadIdx.x]",
+        "panel[k * LD + (threadIdx.x + 1) % TILE::ROWS]",
+        DEEP,
     ),
     "db twice": Planted("gradients", "gradients.cu", "column == 0 && at_b", "at_b", Case((40, 9, 5), rule=RULES[3])),
     "no bias in the head": Planted("head", "head.cu", "b ? b[k0 + k] : real(0)", "0", Case()),
@@ -856,7 +923,7 @@ BUGS = {
 def test_planted_bugs_are_caught(name):
     bug = BUGS[name]
     with fake_cupy.installed(check=bug.races):
-        device = backends.choose("cupy")  # noqa: F811
+        device = backends.choose("cupy")
         with pytest.raises(kernels_on_cpu.KernelError if bug.races else (AssertionError, kernels_on_cpu.KernelError)):
             (shows_in_theta if bug.case.rule else run)(bug.case, device, bug)
 
