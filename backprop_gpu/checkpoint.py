@@ -24,7 +24,7 @@ from .backend import choose, to_host
 from .costs import MAKERS, Cost, choose_cost
 from .errors import CheckpointError, ConfigError, lookup
 from .initializers import INITIALIZERS
-from .network import Network, natural_task
+from .network import Network, natural_task, precision_on
 
 FORMAT, VERSION = "backprop_gpu", "2"
 MAX_HEADER = 1 << 20
@@ -122,7 +122,7 @@ def _load(path: Path, file: BinaryIO, backend: str, own: Own) -> Network:
     except (ValueError, TypeError, AttributeError, RecursionError) as e:  # ConfigError is a ValueError
         raise _bad(path, f"is not a model of {FORMAT}: {_first_line(e)}") from None
     tensors = _tensors(net)
-    wanted = {name: (_DTYPES[net.precision], p.shape) for name, p in tensors.items()}
+    wanted = {name: (_DTYPES[net.dtype.name], p.shape) for name, p in tensors.items()}
     if shapes != wanted:
         odd = min(name for name, _ in shapes.items() ^ wanted.items())
         raise _bad(path, f"does not hold the tensors that its settings call for: see {odd!r}")
@@ -161,7 +161,9 @@ def _from_config(config: dict[str, Any], backend: str, own: Own) -> Network:
     if len(settings["hidden"]) == 1:
         settings["hidden"] = settings["hidden"][0]
     settings["output"] = activations.get(settings["output"], settings["output"])
-    net = Network(**{**settings, "init": "zeros", "backend": backend})
+    where = choose(backend).name
+    settings["precision"] = precision_on(where, settings["precision"])
+    net = Network(**{**settings, "init": "zeros", "backend": where})
     net.init = settings["init"]
     costs = {c.name: c for c in own if isinstance(c, Cost)}
     net.criterion = choose_cost(costs.get(config["cost"], config["cost"]), net.output)

@@ -199,6 +199,7 @@ def cli() -> None:
 @click.option("--parameter-tolerance", type=float, help="Stop when no parameter moves more than this in an epoch.")
 @click.option("--time-limit", type=float, metavar="SECONDS", help="Stop after the step in which they have passed.")
 @click.option("--gradient-norms", is_flag=True, help="Report ||dC/dW|| of each layer after each epoch.")
+@click.option("--gradient-error", is_flag=True, help="Compare the first gradient with one in float64.")
 @click.option("--pretrained", type=click.Path(path_type=Path), metavar="MODEL", help="Take first layers from it.")
 @click.option("--carry-over", type=int, metavar="LAYERS", help="How many, with --pretrained.  [default: 1]")
 @click.option(
@@ -274,10 +275,11 @@ def train(
         report.tell(f"saved to {save}")
     seconds = sum(history.seconds)
     tested = training.evaluate(net, *test_set, reduction=settings["reduction"]) if test_set else None
-    result = {
+    result: dict[str, Any] = {
         "backend": net.backend.name,
         "device": net.backend.device,
         "precision": precision,
+        "executor": history.executor,
         "layers": net.layers,
         "parameters": net.parameter_count,
         "epochs": len(history),
@@ -295,6 +297,8 @@ def train(
         result["validation_cost"] = history.validation_cost
         result["validation_accuracy"] = history.validation_accuracy
         result["best_epoch"] = history.best_epoch
+    if settings["gradient_error"]:
+        result["gradient_error"] = history.gradient_error
     if settings["gradient_norms"]:
         result["gradient_norms"] = history.gradient_norms
     _print(result, report.summary(result, net.backend.reason), as_json)

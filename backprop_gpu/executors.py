@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import numpy as np
 from . import cublaslt, driver
 from . import plan as plans
 from .activations import Array
+from .backend import to_host
 from .costs import Cost
 from .errors import BackendError, ConfigError
 from .inputs import Samples
@@ -51,6 +53,7 @@ class Eager:
     """
 
     rung = "eager"
+    description: str | None = None  # of the operations of a step, where there is a plan of them
 
     def __init__(self, problem: Problem, rule: Optimizer, batch_size: int, seed: int, steps: int) -> None:
         net, be = problem.net, problem.net.backend
@@ -113,6 +116,30 @@ class Eager:
     def finish(self) -> None:
         """At the end of an epoch, before `measured` is read."""
 
+    def gradient_error(self, order: np.ndarray, ends: Sequence[int]) -> float:
+        """||g - exact|| / ||exact|| of the first batch: its gradient as the run computes it, and in float64."""
+        problem, rows = self.problem, order[: ends[1]]
+        X, T, weights = (
+            None if a is None else to_host(a)[rows]
+            for a in (problem.samples.X, problem.samples.T, problem.samples.weights)
+        )
+        exact = problem.net.to("numpy", "float64").gradients(
+            X, T, problem.cost, reduction=problem.reduction, sample_weight=weights, dropout=(self.seed, 1)
+        )
+        mine = Views(to_host(self._first_gradient(order, ends)), problem.net.layers, problem.net.biased)
+        error = whole = 0.0
+        for g, wanted in zip((*mine.W, *mine.b), (*exact["W"], *exact["b"]), strict=True):
+            if g is not None and g.any():  # a frozen layer has none
+                error += float(((g - wanted) ** 2).sum())
+                whole += float((wanted**2).sum())
+        return math.sqrt(error / whole) if whole else 0.0
+
+    def _first_gradient(self, order: np.ndarray, ends: Sequence[int]) -> Array:
+        """The flat gradient of the first batch at theta, without penalties."""
+        self.begin(order, ends, [self.rule.lr], 1)
+        self._backpropagate(0, 0, ends[1], self.measured[0])
+        return self._flat
+
     def close(self) -> None:
         """Wait for the device, and let go of it."""
 
@@ -122,6 +149,15 @@ class Eager:
         Writes the sum of the weighted costs and the number of samples predicted right into measured (2,). Returns False
         where it is known that the step was not applied, because the run has left the finite numbers.
         """
+        self._backpropagate(i, start, stop, measured)
+        ops, regularization = self.problem.net.backend.ops, self.problem.regularization
+        with np.errstate(all="ignore"):
+            if regularization:
+                ops.regularize(regularization, self.theta, self.is_weight, self.g)
+            return bool(ops.update(self.rule, self.theta, self.g, self.slots, self.rows[i], measured, self.diverged))
+
+    def _backpropagate(self, i: int, start: int, stop: int, measured: Array) -> None:
+        """The part of a step before the update: its gradient and what it is judged by."""
         problem, samples = self.problem, self.problem.samples
         net, ops = problem.net, problem.net.backend.ops
         rows, m = self.order[start:stop], stop - start
@@ -141,9 +177,6 @@ class Eager:
             forward(ops, net, batch)
             backward(ops, net, batch, T, part, problem.cost, self.gradient, problem.frozen)
             ops.measure(samples.task, net.g, batch.Z[-1], T, batch.C, w, measured)
-            if problem.regularization:
-                ops.regularize(problem.regularization, self.theta, self.is_weight, self.g)
-            return bool(ops.update(self.rule, self.theta, self.g, self.slots, self.rows[i], measured, self.diverged))
 
 
 class Graph(Eager):
@@ -156,15 +189,16 @@ class Graph(Eager):
     bound, and run once, when the plan is made. Raises plan.Unplanned.
     """
 
-    rung = "graph"
     sizes = (64, 16, 1)
-    timed = 1  # of cuBLASLt's algorithms, those to choose from by time; with more than one the bits are a matter of luck
+    timed = 1  # of cuBLASLt's algorithms, to choose from; with more than one the bits are a matter of luck
 
-    def __init__(self, problem: Problem, rule: Optimizer, batch_size: int, seed: int, steps: int) -> None:
+    def __init__(
+        self, problem: Problem, rule: Optimizer, batch_size: int, seed: int, steps: int, stored: bool = False
+    ) -> None:
         super().__init__(problem, rule, batch_size, seed, steps)
         net, samples, cp = problem.net, problem.samples, problem.net.backend.xp
         self.ops: Any = net.backend.ops
-        n, fused = len(samples), not problem.regularization
+        n, fused = len(samples), not (problem.regularization or stored)
         as_bytes = samples.X.dtype == np.uint8
         placed = self.ops.placed(rule, self.slots)
         self._rows = cp.zeros((steps + 1, self.ops.host_rows(rule, [rule.lr], 1).shape[1]), np.float64)
@@ -200,6 +234,25 @@ class Graph(Eager):
         self._graphs: dict[tuple[int, int], Any] = {}
         self._half = 0
         self.failed: str | None = None
+
+    @property
+    def rung(self) -> str:  # type: ignore[override]
+        """"graph", or why not."""
+        return f"eager: {self.failed}" if self.failed else "graph"
+
+    @property
+    def description(self) -> str:  # type: ignore[override]
+        """The plan's operations."""
+        return self.plan.describe()
+
+    def _first_gradient(self, order: np.ndarray, ends: Sequence[int]) -> Array:
+        plain = dataclasses.replace(self.problem, regularization=Regularization())
+        twin = Graph(plain, self.rule, self.batch_size, self.seed, len(ends) - 1, stored=True)
+        with contextlib.closing(twin):
+            twin.begin(order, ends, [self.rule.lr], 1)
+            twin._go_on_from(0, unusual=1)  # so that theta stays as it is
+            twin._enqueue(ends[1], 0)
+            return twin._flat.copy()
 
     def _place_work(self, plan: plans.Plan) -> None:
         """Its workspace, which is that of all sizes of batches."""
@@ -346,19 +399,16 @@ class Graph(Eager):
         plan, cp = self._plan_of(m), self.problem.net.backend.xp
         vectors = {**self._vectors, "layers": cp.asarray(plan.table.reshape(-1))}
         launches: list[Any] = []
-        after_kernel = True  # which alone is what a kernel may overlap
         for o in plan.operations:
             if isinstance(o, plans.LibraryProduct):
                 launches.append(self._products[o])
-                after_kernel = False
                 continue
             kernel = self.ops.kernel_of(o.file, o.kernel, self.problem.net.dtype, **dict(o.defines))
             given = [_found(vectors, a) for a in o.arguments]
             at = o.arguments.index(plans.AHEAD) if plans.AHEAD in o.arguments else None
             if o.shared > 32 << 10:  # with its static memory it may pass the 48 KiB that it has unasked
                 kernel.function.max_dynamic_shared_size_bytes = o.shared
-            early = plan.early and o.kernel in plans.WAITING and after_kernel
-            after_kernel = True
+            early = plan.early and o.kernel in plans.WAITING
             arguments = self.ops.arguments(kernel, given)
             launches.append((kernel.function, o.grid, o.block, arguments, at, o.shared, early))
         return launches

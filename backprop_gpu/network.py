@@ -32,7 +32,13 @@ from .initializers import INITIALIZERS
 from .regularization import Regularization
 from .specs import number
 
-PRECISIONS: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
+PRECISIONS: dict[str, np.dtype[Any]] = {  # and the dtype of theta
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+    "tf32": np.dtype(np.float32),
+    "bf16": np.dtype(np.float32),
+}
+GPU_ONLY = ("tf32", "bf16")  # how the products of training steps are computed there; all else is float32
 MAX_WEIGHTS = 1 << 36  # 256 GiB in float32; more is a slip of the keyboard
 CHUNK_ROWS = 1024  # samples a pass when there is no gradient to take
 
@@ -182,8 +188,10 @@ class Network:
     an `Activation`). `output`: output function g, softmax or any of them. `init`: initialiser of the weights; biases
     start at 0. `bias`: whether there are any. `dropout`: the share of hidden units dropped in a training step (see
     `dropout`). `hidden` and `dropout` may be lists, one entry for each of the L - 1 hidden layers, `init` and `bias`
-    one for each of the L layers. `precision`: "float32" or "float64". `seed`: 0..2^64-1, draws the initial theta, the
-    same on every backend. `backend`: "auto", "numpy" or "cupy" (see `backend.choose`).
+    one for each of the L layers. `precision`: "float32", "float64", or on a GPU "tf32" or "bf16", in which the products
+    of training steps take operands of 11 or 8 bits; everything else, predictions included, is float32 then. `seed`:
+    0..2^64-1, draws the initial theta, the same on every backend. `backend`: "auto", "numpy" or "cupy" (see
+    `backend.choose`).
 
     Attributes: `layers` (list of widths), `L`; `theta`, one flat vector (see `Views`), and its views `W[l]` and `b[l]`;
     the functions `f[l]` and `g`, the dropout `rates[l]`; `hidden`, `output`, `init`, `bias`, `dropout` as above, lists
@@ -232,6 +240,11 @@ class Network:
         self.task = natural_task(self.g, self.layers[-1])
         self.seed = check_seed(seed)
         self.backend = backends.choose(backend)
+        if precision in GPU_ONLY and self.backend.name == "numpy":
+            raise ConfigError(
+                f"precision {precision} is a mode of GPUs, and this runs on NumPy: {self.backend.reason}",
+                "use precision float32",
+            )
 
         host = np.zeros(Views.size(self.layers, self.biased, self.dtype), self.dtype)
         rng = generator(self.seed, 0)
@@ -287,14 +300,17 @@ class Network:
         return self.criterion.name
 
     def to(self, backend: str, precision: str | None = None) -> Network:
-        """A copy of this network on another backend, and in another precision if one is given, with the same theta."""
+        """A copy of this network on another backend, and in another precision if one is given, with the same theta.
+
+        On NumPy "tf32" and "bf16" become "float32".
+        """
         other = object.__new__(Network)
         other.__dict__.update(self.__dict__)
         other.layers, other.f = list(self.layers), list(self.f)
         other.biased, other.rates, other.init = list(self.biased), list(self.rates), copy.copy(self.init)
         other.backend = backends.choose(backend)
-        if precision is not None:
-            other.precision, other.dtype = precision, lookup("precision", precision, PRECISIONS)
+        precision = precision_on(other.backend.name, self.precision if precision is None else precision)
+        other.precision, other.dtype = precision, lookup("precision", precision, PRECISIONS)
         host = np.zeros(Views.size(self.layers, self.biased, other.dtype), other.dtype)
         views = Views(host, self.layers, self.biased)
         for mine, its in zip((*self.W, *self.b), (*views.W, *views.b), strict=True):
@@ -553,6 +569,11 @@ def natural_task(g: Activation, K: int) -> str:
     if g.name == "sigmoid":
         return "binary" if K == 1 else "multilabel"
     return "regression"
+
+
+def precision_on(backend: str, precision: str) -> str:
+    """The precision of a network that is taken to a backend: NumPy has no use for those of GPUs alone."""
+    return "float32" if backend == "numpy" and precision in GPU_ONLY else precision
 
 
 def check_reduction(reduction: str) -> None:

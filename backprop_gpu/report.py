@@ -62,8 +62,10 @@ class ProgressBar:
         if not self._progress.disable:
             self._progress.stop()
 
+    each_step = False  # it only counts
+
     def on_step(self, run: Run) -> None:
-        """After each step; drawn a few times a second at most."""
+        """After each step, or several; drawn a few times a second at most."""
         self.run = run
         if not self._progress.disable and (now := time.monotonic()) - self._shown > 0.1:
             self._shown = now
@@ -89,11 +91,13 @@ def summary(result: dict[str, Any], reason: str) -> str:
     """The JSON of a training run, for people."""
     lines = [
         f"{'/'.join(map(str, result['layers']))}, {result['parameters']} parameters, {result['precision']}, "
-        f"on {result['backend']} ({result['device']}): {reason}",
+        f"on {result['backend']} ({result['device']}): {reason}; steps run as {result['executor']}",
         f"{result['epochs']} epochs, {result['steps']} steps in {result['train_seconds']:.1f} s, "
         f"{result['samples_per_second']:.0f} samples/s",
         f"training cost {result['train_cost']:.4f}{_percent(', accuracy', result['train_accuracy'])} in the last epoch",
     ]
+    if result.get("gradient_error") is not None:
+        lines.append(f"first gradient {result['gradient_error']:.2g} from float64's, relative")
     if result["stopped"] != "epochs":
         lines.append(f"stopped by {STOPPED[result['stopped']]}")
     if result.get("best_epoch") is not None:
@@ -178,7 +182,10 @@ def rung(backend: Backend) -> dict[str, str]:
     """How a run is executed, and why not faster."""
     if backend.name == "numpy":
         return {"name": "numpy", "reason": backend.reason}
-    return {"name": "eager kernels", "reason": f"{backend.reason}; each operation is launched from Python"}
+    wanted = os.environ.get("BACKPROP_GPU_EXECUTOR") or "auto"
+    if wanted == "eager":
+        return {"name": "eager kernels", "reason": f"{backend.reason}; BACKPROP_GPU_EXECUTOR is eager"}
+    return {"name": "graph", "reason": f"{backend.reason}; steps are recorded as CUDA graphs"}
 
 
 def gpu(machine: Machine) -> dict[str, Any] | None:

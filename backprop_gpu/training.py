@@ -46,7 +46,8 @@ class History:
 
     `samples`: how many the steps have seen, each as often as it was. `stopped` says why the run ended: "epochs",
     "gradient", "still", "patience", "time" or "callback". `best_epoch` is the one whose parameters the network has,
-    where `patience` was given.
+    where `patience` was given. `executor`: how steps were run, "eager" or "graph" (see `executors`), and `plan` the
+    operations of a graph's step (see `plan.Plan.describe`). `gradient_error`: where asked for, see `train`.
     """
 
     epoch: list[int] = field(default_factory=list)
@@ -61,6 +62,9 @@ class History:
     samples: int = 0
     stopped: str | None = None
     best_epoch: int | None = None
+    executor: str | None = None
+    plan: str | None = None
+    gradient_error: float | None = None
 
     def __len__(self) -> int:
         """How many epochs."""
@@ -95,7 +99,11 @@ class Run:
 
 
 class OnStep(Protocol):
-    """What is called after every step."""
+    """What is called after every step.
+
+    Where steps are recorded as CUDA graphs, each is waited for then. One with an attribute `each_step` that is False is
+    called after several steps at once instead, which may still be under way on the GPU: it is not to look at theta.
+    """
 
     def on_step(self, run: Run) -> Any:
         """`run.step` steps are done."""
@@ -135,6 +143,7 @@ def train(
     parameter_tolerance: float | None = None,
     time_limit: float | None = None,
     gradient_norms: bool = False,
+    gradient_error: bool = False,
 ) -> History:
     """Train `net` in place on X (m, N_0) and T, and return the history.
 
@@ -161,6 +170,9 @@ def train(
     - in which no parameter has moved by more than `parameter_tolerance`; 0 is while(theta^(i+1) != theta^i) (source 3),
     - that is the `patience`-th without a lower validation cost; the parameters of the best epoch are restored,
     or after the step in which `time_limit` (seconds) has passed. A second call starts with fresh slots.
+
+    `gradient_error`: before the first step, compare the gradient of the first batch, as the run computes it, with one
+    in float64: ||g - exact|| / ||exact||.
 
     `callbacks`: functions called with the `Run` after every epoch, or objects whose method `on_step` is called with it
     after every step; an object may be both. `save`: where to write the network when training is over or stopped.
@@ -202,7 +214,8 @@ def train(
     steps = steps_per_epoch(n, batch_size)
     run = Run(net, epochs, steps, history)
     on_step, on_epoch = _hooks(callbacks)
-    at_once = not on_step and time_limit is None  # else each step is looked after
+    each_step = any(getattr(c, "each_step", True) for c in callbacks if hasattr(c, "on_step"))
+    at_once = not each_step and time_limit is None  # else each step is looked after
     with (
         _saved_if_stopped(run, save), _alone(net), be.active(), _WholeSteps() as whole_steps,
         contextlib.ExitStack() as stack,
@@ -212,6 +225,7 @@ def train(
         problem = Problem(net, smoothed, samples.on(be.asarray), reduction, regularization, frozen)
         executor = stack.enter_context(contextlib.closing(choose(problem, rule, batch_size, seed, steps)))
         held_out = None if held_out is None else held_out.on(be.asarray)
+        history.executor, history.plan = executor.rung, executor.description
         for run.epoch in range(1, epochs + 1):
             start = time.perf_counter()
             host_order, ends = epoch_plan(batches, n, batch_size, seed, run.epoch)
@@ -220,11 +234,13 @@ def train(
             ending.begin_epoch()
             lrs = [_lr(rule.lr, scheduled, step, epochs * steps) for step in range(run.step, run.step + steps)]
             ends = ends.tolist()
+            if gradient_error and run.epoch == 1:
+                history.gradient_error = executor.gradient_error(host_order, ends)
             executor.begin(host_order, ends, lrs, run.step + 1)
             done, late = 0, False
             while done < steps and not late:
                 run.whole = False
-                taken = executor.run(done, steps - done if at_once else 1, bool(on_step))
+                taken = executor.run(done, steps - done if at_once else 1, each_step)
                 if taken:
                     done, run.step, run.lr = done + taken, run.step + taken, lrs[done + taken - 1]
                     net.criterion, net.task = chosen, learned
@@ -236,6 +252,7 @@ def train(
                 whole_steps.deliver()
                 late = ending.late()
             executor.finish()
+            history.executor = executor.rung
             cost_sum, right = to_host(executor.measured)[:done].sum(axis=0)  # the host waits for the device here
             if diverged := int(executor.diverged[0]):
                 if diverged == 1:  # on a GPU the host hears of it here

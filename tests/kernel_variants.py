@@ -75,9 +75,9 @@ def of_a_step(file):
             if legal({"COST": cost, "ACTIVATION": f})
         ]
         usual = ("cost_cross_entropy", "f_softmax")
-        chosen = [(real, str(plans.HEAD_WARPS), *usual, f) for f in hidden for real in ("float", "double")]
-        chosen += [("float", "1", *pair, "f_identity") for pair in pairs]
-        chosen += [("double", "1", *pair, "f_tanh") for pair in pairs[:: len(pairs) // 4]]
+        chosen = [(real, str(plans.HEAD_WARPS), *usual, "f_gelu") for real in ("float", "double")]
+        chosen += [("float", "1", *pair, "f_tanh") for pair in pairs[:: len(pairs) // 12]]
+        chosen += [("double", "1", *usual, f) for f in hidden[::3]]
         return [dict(zip(("REAL", "ROWS", "COST", "ACTIVATION", "BELOW"), of, strict=True)) for of in chosen]
     every = tiled()
     small, small_double = ({**of, "SOURCE": "real"} for of in (every[len(plans._FLOAT) - 1], every[-1]))

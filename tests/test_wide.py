@@ -389,7 +389,7 @@ def test_precisions(fake, monkeypatch, precision, wanted):
 
 def planned(net, library, m=M, models=1, batch=M):
     shape = plan.Shape(m, batch, N, 3, models=models)
-    device = plan.Device("none", 90, 132, 0, 0)
+    device = plan.Device("none", arch=90, processors=132, shared=232448, bandwidth=0, rate=0)
     return plan.Plan(net, choose_cost(None, net.output), shape, device, "ffma", "rule_sgd", library=library)
 
 
