@@ -32,7 +32,7 @@ from . import gpu_recipe
 from .gpu_recipe import BETA1, BETA2, CHECKED, EPSILON, LR, PRECISIONS, RECIPES, Check, Program, Recipe, timed
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 150  # seconds a library has
+LIMIT = 100  # seconds a library has
 COMPILED = {("A", "float32"), ("A", "tf32"), ("B", "float32"), ("B", "tf32"), ("C", "tf32")}  # by torch.compile
 
 Emit = Callable[[dict[str, Any]], None]

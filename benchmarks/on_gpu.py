@@ -47,8 +47,13 @@ from backprop_gpu.network import Views
 from backprop_gpu.optimizers import OPTIMIZERS, choose_optimizer
 from backprop_gpu.regularization import Regularization
 
+from . import gpu_cublaslt, gpu_floors, gpu_peers, gpu_recipe, gpu_steps
+
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"environment": 30, "tests": 140, "sanitizer": 110, "kernels": 100, "mnist": 60, "counts": 30}  # seconds
+LIMITS = {  # seconds, in the order in which the parts come
+    "environment": 30, "floors": 60, "kernels": 100, "cublaslt": 80, "steps": 330, "mnist": 60, "counts": 40,
+    "sanitizer": 110, "tests": 240,
+}  # fmt: skip
 BUSY = 0.1  # a spread (largest - least, over the median) above this is flagged
 
 Ok = bool | None  # None: could not run here
@@ -1089,11 +1094,59 @@ def count_run(X: Any, T: Any, layers: Sequence[int], epochs: int = 2, **settings
     }  # fmt: skip
 
 
+# ----------------------------------------------------------------------------- 7. floors, cuBLASLt, steps and peers
+
+
+def floors(record: Record) -> Verdict:
+    """What nothing can be quicker than: nodes of graphs, launches, barriers, memory, arithmetic."""
+    rows: list[dict[str, Any]] = []
+    gpu_floors.floors(lambda row: (rows.append(row), record("floor", **_without_part(row)))[-1])
+    wrong = [row for row in rows if "error" in row or row.get("right") is False]
+    nodes = [row for row in rows if row["name"] == "node" and row.get("blocks") == 132 and "us" in row]
+    node = {row["kind"]: row["us"] for row in nodes}
+    figures = [f"a node of 132 blocks: {', '.join(f'{kind} {us:.2f} us' for kind, us in node.items())}"]
+    return Verdict(not wrong, [*figures, *(f"{row['name']}: {row.get('error', 'wrong')}" for row in wrong[:5])])
+
+
+def library(record: Record) -> Verdict:
+    """What cuBLASLt offers for each product, and whether it is right."""
+    offered: list[dict[str, Any]] = []
+    ok = gpu_cublaslt.probe(lambda row: (offered.append(row), record("product", **_without_part(row)))[-1])
+    return Verdict(bool(ok), [f"{len(offered)} rows"])
+
+
+def steps(record: Record) -> Verdict:
+    """Steps A to D: this project's rungs, then its peers'."""
+    rows: list[dict[str, Any]] = []
+
+    def emit(row: dict[str, Any]) -> None:
+        rows.append(row)
+        record("step", **_without_part(row))
+
+    ok = gpu_steps.steps(emit)
+    gpu_peers.peers(emit)
+    figures = []
+    for recipe in gpu_recipe.RECIPES:
+        for precision in gpu_recipe.PRECISIONS:
+            here = [r for r in rows if r.get("recipe") == recipe and r.get("precision") == precision and "us" in r]
+            ours = [r for r in here if r["library"] == "backprop_gpu" and r["program"] == "graph"]
+            theirs = sorted((r["us"], f"{r['library']} {r['program']}") for r in here if r["library"] != "backprop_gpu")
+            if ours:
+                best = f"; best peer {theirs[0][0]:.1f} us, {theirs[0][1]}" if theirs else ""
+                error = ours[0].get("gradient_error", float("nan"))
+                figures.append(f"{recipe} {precision}: {ours[0]['us']:.1f} us, gradient error {error:.1e}{best}")
+    return Verdict(ok, figures)
+
+
+def _without_part(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in ("part", "what")}
+
+
 # ---------------------------------------------------------------------------------------------- all parts, summary
 
 PARTS: dict[str, Callable[[Record], Verdict]] = {
     "environment": environment, "tests": tests, "sanitizer": sanitizer, "kernels": kernels, "mnist": mnist,
-    "counts": counts,
+    "counts": counts, "floors": floors, "cublaslt": library, "steps": steps,
 }  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything worth knowing from a real card, in one command and less than 8 minutes:
+# Everything worth knowing from a real card, in one command and some ten minutes:
 #
 #     benchmarks/on_gpu.sh DIRECTORY
 #

@@ -51,9 +51,10 @@ def legal(choice):
     return outputs is None or f is None or f.removeprefix("f_") in outputs
 
 
-def tiled():
+def tiled(file):
     """The choices of REAL, ARITHMETIC and TILE of a product."""
-    chosen = [("float", a, tile) for a in ("ffma", "tf32x2", "tf32", "bf16") for tile in plans._FLOAT]
+    tiles = plans._FLOAT_GRADIENTS if file == "gradients.cu" else plans._FLOAT
+    chosen = [("float", a, tile) for a in ("ffma", "tf32x2", "tf32", "bf16") for tile in tiles]
     chosen += [("double", "ffma", tile) for tile in plans._DOUBLE]
     return [
         {"REAL": real, "ARITHMETIC": arithmetic, "TILE": str(tile)}
@@ -79,8 +80,8 @@ def of_a_step(file):
         chosen += [("float", "1", *pair, "f_tanh") for pair in pairs[:: len(pairs) // 12]]
         chosen += [("double", "1", *usual, f) for f in hidden[::3]]
         return [dict(zip(("REAL", "ROWS", "COST", "ACTIVATION", "BELOW"), of, strict=True)) for of in chosen]
-    every = tiled()
-    small, small_double = ({**of, "SOURCE": "real"} for of in (every[len(plans._FLOAT) - 1], every[-1]))
+    every = tiled(file)
+    small, small_double = ({**of, "SOURCE": "real"} for of in (every[3 if file != "gradients.cu" else 2], every[-1]))
     sources = itertools.cycle(("unsigned char", "real"))
     if file == "gradients.cu":
         rules = structs("RULE")

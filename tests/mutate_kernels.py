@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cuda_on_cpu
+import kernel_variants
 from mutate import draw
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +43,9 @@ KERNELS = ROOT / "kernels"
 COPIED = ("backprop_gpu", "kernels", "tests", "pyproject.toml")
 TESTS = "tests/test_kernels.py"  # each test there has the stem of the kernel's file in its name, or is one
 OF_ALL = ("ones_own", "any_order")  # of these
+OF_A_STEP = "tests/test_step_kernels.py"  # all of it is for these kernels, and for the headers that they include
+IN_A_STEP = {"advance", "delta", "dropout", "forward", "gradients", "head", "share"}
+LEFT_OUT = {"arch.cuh"}  # whose other body the tests run, for the CPU: see test_arch.py
 HANGS = 300  # seconds that one test may take, builds included
 LAUNCH_HANGS = 5.0  # seconds that one launch may take
 
@@ -572,6 +576,17 @@ def met_by(file: str, kernels: Path = KERNELS) -> list[str]:
     return [Path(name).stem for name in sorted(those, key=lambda name: ((kernels / name).stat().st_size, name))]
 
 
+def asked(stems: list[str]) -> list[str]:
+    """What pytest is told to run for these kernels."""
+    wanted: list[str] = []
+    words: list[str] = []
+    if set(stems) & IN_A_STEP:
+        wanted, words = [OF_A_STEP], [Path(OF_A_STEP).stem]
+    if alone := [stem for stem in stems if f"{stem}.cu" not in kernel_variants.OF_A_STEP]:
+        wanted, words = [*wanted, TESTS], [*words, *alone, *OF_ALL]
+    return [*wanted, "-k", " or ".join(words)]
+
+
 class Worker:
     """A copy of the repository, and a folder for the binaries that its tests build."""
 
@@ -606,7 +621,7 @@ class Worker:
         """Build the binaries of these kernels once, and learn which of their tests are red already."""
         status, output = self.run(stems, seconds, ())
         if status not in (0, 1):
-            raise SystemExit(f"{TESTS} does not run without a mutant (status {status}):\n{output}")
+            raise SystemExit(f"the tests do not run without a mutant (status {status}):\n{output}")
         self.red_before = red(output)
         self.kept = set(self.cache.iterdir())
 
@@ -621,7 +636,7 @@ class Worker:
         """pytest's exit status, negative where a signal ended it, None where time did, and what it wrote."""
         command = [sys.executable, "-m", "pytest", "-q", "-p", "mutate_kernels", "-p", "no:cacheprovider"]
         command += ["-m", "not gpu and not slow", "--hypothesis-seed=0", "--tb=short", *more]
-        command += [*(f"--deselect={test}" for test in self.red_before), TESTS, "-k", " or ".join((*stems, *OF_ALL))]
+        command += [*(f"--deselect={test}" for test in self.red_before), *asked(stems)]
         shutil.rmtree(self.copy / ".hypothesis", ignore_errors=True)
         with subprocess.Popen(
             command,
@@ -693,7 +708,7 @@ def pytest_sessionstart() -> None:
     import kernels_on_cpu
     from hypothesis import Phase, settings
 
-    kernels_on_cpu.build_ahead = lambda: None
+    kernels_on_cpu.build_ahead = lambda *parts: None
     cuda_on_cpu.TIME_LIMIT = LAUNCH_HANGS
 
     settings.register_profile(
@@ -734,7 +749,7 @@ def stale(mutants: dict[str, list[Mutant]]) -> Iterator[str]:
 
 def main() -> int:
     """Run the command line; the exit status."""
-    files = sorted(path.name for path in KERNELS.glob("*.cu*"))
+    files = sorted({path.name for path in KERNELS.glob("*.cu*")} - LEFT_OUT)
     parser = argparse.ArgumentParser(description="Break the kernels one at a time; see which test turns red.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=200)

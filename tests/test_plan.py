@@ -15,8 +15,8 @@ from backprop_gpu import plan as plans
 from backprop_gpu.costs import choose_cost
 from backprop_gpu.plan import Device, Place, Plan, Shape, Tile, Unplanned, arithmetic_of, choose_tile
 
-H100 = Device("H100", 90, 132, 3.35e12, 67e12)
-SMALL = Device("Small", 80, 4, 0, 0)
+H100 = Device("H100", 90, 132, 227 << 10, 3.35e12, 67e12)
+SMALL = Device("Small", 80, 4, 163 << 10, 0, 0)
 M = 128
 
 
@@ -267,35 +267,56 @@ def test_what_a_tile_takes():
     assert one.shared("forward", 4) >= 4 * 2 * 128 * 128
 
 
-@pytest.mark.parametrize(("tiles", "item"), [(plans._FLOAT, 4), (plans._DOUBLE, 8)], ids=["float", "double"])
-def test_every_tile_fits_a_block(tiles, item):
-    """99 KiB is the least that a block may have on a device of capability 8 or more."""
+LISTS = {
+    ("forward", "float"): plans._FLOAT,
+    ("delta", "float"): plans._FLOAT,
+    ("gradients", "float"): plans._FLOAT_GRADIENTS,
+    ("forward", "double"): plans._DOUBLE,
+    ("delta", "double"): plans._DOUBLE,
+    ("gradients", "double"): plans._DOUBLE,
+}
+ITEM = {"float": 4, "double": 8}
+
+
+@pytest.mark.parametrize(("kernel", "real"), LISTS)
+def test_the_tiles_that_there_are(kernel, real):
+    """Largest first, made of whole fragments; the smallest fits a block of every device of capability 7.5 or more."""
+    tiles = LISTS[kernel, real]
     sizes = [tile.rows * tile.columns for tile in tiles]
     assert sizes == sorted(sizes, reverse=True)
     for tile in tiles:
         assert tile.threads <= 1024
-        assert max(tile.shared(kernel, item) for kernel in ("forward", "delta", "gradients")) <= 99 << 10
         assert tile.rows % (16 * tile.down) == tile.columns % (8 * tile.across) == tile.depth % (8 * tile.deep) == 0
+        assert tile.depth // tile.deep % 16 == 0 or real == "double"  # for bf16
+        assert tile.shared(kernel, ITEM[real]) <= 163 << 10
+    assert min(tile.shared(kernel, ITEM[real]) for tile in tiles) + plans._BESIDE <= 64 << 10
 
 
-@pytest.mark.parametrize(
-    ("real", "arithmetic"), [("float", "ffma"), ("float", "tf32x2"), ("float", "bf16"), ("double", "ffma")]
-)
+@pytest.mark.parametrize("shared", [64, 99, 163, 227])
 @pytest.mark.parametrize("processors", [1, 4, 132, 10**6])
-def test_the_largest_tile_that_fills_the_device(real, arithmetic, processors):
-    device = SMALL._replace(processors=processors)
-    tiles = plans._FLOAT if real == "float" else plans._DOUBLE
-    allowed = [t for t in tiles if arithmetic != "bf16" or t.depth // t.deep % 16 == 0]
+@pytest.mark.parametrize(("kernel", "real"), LISTS)
+def test_the_largest_tile_that_fits_and_fills_the_device(kernel, real, processors, shared):
+    device = SMALL._replace(processors=processors, shared=shared << 10)
+    fitting = [t for t in LISTS[kernel, real] if t.shared(kernel, ITEM[real]) + plans._BESIDE <= shared << 10]
+    last, chosen = fitting[-1], set()
     for products in ([(1, 1, 1)], [(128, 512, 784)], [(128, 512, 784), (4096, 4096, 1)], [(10, 2048, 128)]):
-        tile = choose_tile("forward", products, arithmetic, real, device)
-        assert tile in allowed
+        tile = choose_tile(kernel, products, "ffma", real, device)
+        assert tile in fitting
+        chosen.add(tile)
 
         def blocks(t, products=products):
             return sum(-(-m // t.rows) * -(-n // t.columns) for m, n, _ in products)
 
-        larger = allowed[: allowed.index(tile)]
-        assert all(blocks(t) < 0.75 * processors for t in larger)
-        assert blocks(tile) >= 0.75 * processors or tile == allowed[-1]
+        enough = 2.0 if (kernel, real) == ("gradients", "float") else 0.75
+        assert all(blocks(t) < enough * processors for t in fitting[: fitting.index(tile)])
+        assert blocks(tile) >= enough * processors or tile == last
+    assert chosen == {last} or processors < 10**6
+
+
+def test_a_device_with_too_little_shared_memory_has_no_plan():
+    """And so its steps are eager."""
+    with pytest.raises(Unplanned):
+        planned([784, 100, 10], SMALL._replace(arch=61, shared=16 << 10))
 
 
 def test_the_tile_goes_by_shape_and_device_alone():
@@ -422,5 +443,12 @@ def test_only_kernels_that_wait_by_themselves_may_start_early():
     for o in planned([20, 33, 31, 5], dropout=0.4, weighted=True).operations:
         body = cuda_source.text(o.file).partition(f" {o.kernel}(")[2]
         assert ("pdl_wait" in body or "product<" in body) is (o.kernel in plans.WAITING), o.kernel
-    assert planned([9, 8, 7], H100).early
-    assert not planned([9, 8, 7], SMALL).early
+
+
+def test_kernels_start_early_on_newer_devices_where_that_takes_no_room():
+    assert planned([784, 100, 10]).early
+    assert not planned([784, 100, 10], H100._replace(arch=89)).early
+    assert not planned([2048, 2048, 2048, 10], m=4096).early
+    for width in range(100, 2000, 100):
+        plan = planned([width, width, 10])
+        assert plan.early is (max(math.prod(o.grid) for o in plan.operations) <= 2 * H100.processors)
