@@ -34,14 +34,17 @@ THREADS, MOST_BLOCKS, MOST_PARTS, CHUNK, FILLED = 256, 1024, 256, 256, 128  # of
 
 
 class Wide(NamedTuple):
-    """From which width of a layer, the smaller one of both sides, and number of samples on its products are wide."""
+    """From which width of a layer, the smaller one of both sides, number of samples, and their product on its products
+    are wide.
+    """
 
     width: int
     samples: int
+    outputs: int = 0
 
 
-# Which products cuBLASLt is asked for, by precision. To be set by measurement; bf16 wants copies of its operands first.
-WIDE: dict[str, Wide] = {"float32": Wide(512, 1024), "tf32": Wide(512, 1024), "float64": Wide(512, 1024)}
+# Where cuBLASLt wins on an H100. In float32 it multiplies and adds; kernels of two-term TF32 are quicker up to there.
+WIDE: dict[str, Wide] = {"float32": Wide(512, 1024, 1 << 20), "tf32": Wide(512, 1024), "float64": Wide(512, 1024)}
 
 
 class Device(NamedTuple):
@@ -316,6 +319,7 @@ class Plan:
         return (
             self._library is not None and self.shape.models == 1 and dense
             and limit is not None and min(n, k) >= limit.width and m >= limit.samples
+            and m * min(n, k) >= limit.outputs
         )  # fmt: skip
 
     def _asked(self) -> Iterator[LibraryProduct]:

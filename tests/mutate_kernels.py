@@ -130,11 +130,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "real s[3] = {s0 ? s0[e] : real(0), s1 ? s1[e] : real(0), s2 ? s2[e] : real(0)};",
         "real s[3] = {s0 ? s0[e] : real(0), s1 ? s1[e] : real(0), s2 ? s2[e] : real(1)};",
     ): "a slot that a rule does without",
-    ("update.cu", "real* const slot[3] = {s0, s1, s2};", "real* const slot[4] = {s0, s1, s2};"): _ROOM,
+    ("update.cu", "real* const slots[3] = {s0, s1, s2};", "real* const slots[4] = {s0, s1, s2};"): _ROOM,
     (
         "update.cu",
-        "if (blockIdx.x == 0 && threadIdx.x == 0 && diverged[0] == 0) diverged[0] = (long long)row[0];",
-        "if (blockIdx.x == 0 && threadIdx.x == 1 && diverged[0] == 0) diverged[0] = (long long)row[0];",
+        "if (blockIdx.x == 0 && threadIdx.x == 0) {",
+        "if (blockIdx.x == 0 && threadIdx.x == 1) {",
     ): "any thread of the block may say it",
     (
         "activate.cu",
@@ -242,7 +242,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "right = false ? count_right<1>(scores, labels, T, task, first, last, K)",
     ): _LANES,
     (
-        "output_delta.cu",
+        "outputs.cuh",
         "sum += (real(z[k] > 0) - t(k)) * z[k] + log1p(exp(-fabs(z[k])));",
         "sum += (real(z[k] >= 0) - t(k)) * z[k] + log1p(exp(-fabs(z[k])));",
     ): "differs where z = 0 alone, and is multiplied by z",
