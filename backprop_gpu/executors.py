@@ -27,13 +27,15 @@ from .inputs import Samples
 from .network import Batch, Network, Views, backward, forward
 from .optimizers import Optimizer
 from .regularization import Regularization
+from .streaming import Feed, greatest
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """What a run minimises: the cost of a network, with penalties, over data.
 
-    `samples` lie on the network's device. The first `frozen` layers stay as they are.
+    `samples` lie on the network's device; where `room` is a number, they lie on the host, and so many bytes are there
+    for them on the device (see `streaming`). The first `frozen` layers stay as they are.
     """
 
     net: Network
@@ -42,6 +44,7 @@ class Problem:
     reduction: str
     regularization: Regularization
     frozen: int
+    room: int | None = None
 
 
 class Eager:
@@ -53,6 +56,7 @@ class Eager:
     """
 
     rung = "eager"
+    sizes: tuple[int, ...] = (1,)  # how many steps are recorded together, largest first
     description: str | None = None  # of the operations of a step, where there is a plan of them
 
     def __init__(self, problem: Problem, rule: Optimizer, batch_size: int, seed: int, steps: int) -> None:
@@ -65,6 +69,13 @@ class Eager:
         self.slots = tuple(be.zeros(self.theta.size, net.dtype) for _ in range(rule.slots))
         self.diverged = be.xp.zeros(1, be.xp.int64)
         self.measured = be.zeros(2 * (steps + 1), np.dtype(np.float64)).reshape(-1, 2)  # one more, to try kernels on
+        room = problem.room
+        self.feed = None if room is None else Feed(be, problem.samples, batch_size, room, self.sizes)
+
+    @property
+    def told(self) -> str:
+        """The rung, and whether data is streamed."""
+        return self.rung + ", data streamed" * (self.feed is not None)
 
     @functools.cached_property
     def batch(self) -> Batch:
@@ -103,7 +114,11 @@ class Eager:
         t is the first step's (from 1). All that an epoch takes to the device.
         """
         be = self.problem.net.backend
-        self.order, self.rows = be.asarray(order), be.ops.step_rows(self.rule, lrs, t)
+        self.rows = be.ops.step_rows(self.rule, lrs, t)
+        if self.feed:
+            self.feed.begin(order, ends)
+        else:
+            self.order = be.asarray(order)
         self.ends, self.t = ends, t
 
     def run(self, i: int, most: int, watched: bool) -> int:
@@ -111,7 +126,10 @@ class Eager:
 
         `watched`: what theta is after them must be known before the next.
         """
-        return int(self.step(i, self.ends[i], self.ends[i + 1], self.measured[i]))
+        taken = int(self.step(i, self.ends[i], self.ends[i + 1], self.measured[i]))
+        if self.feed and (most == 1 or self.feed.rest(i) == 1):
+            self.feed.ahead()
+        return taken
 
     def finish(self) -> None:
         """At the end of an epoch, before `measured` is read."""
@@ -142,6 +160,8 @@ class Eager:
 
     def close(self) -> None:
         """Wait for the device, and let go of it."""
+        if self.feed:
+            self.feed.close()
 
     def step(self, i: int, start: int, stop: int, measured: Array) -> bool:
         """Step i of the epoch (from 0), on the samples start .. stop - 1 of its order: forward, backward, update.
@@ -156,11 +176,18 @@ class Eager:
                 ops.regularize(regularization, self.theta, self.is_weight, self.g)
             return bool(ops.update(self.rule, self.theta, self.g, self.slots, self.rows[i], measured, self.diverged))
 
+    def _of_step(self, i: int, start: int, stop: int) -> tuple[Samples, Any]:
+        """Where the data of step i lies on the device, and which rows of it are the step's."""
+        if self.feed is None:
+            return self.problem.samples, self.order[start:stop]
+        first = self.feed.enter(i)
+        return self.feed.samples, slice(first, first + stop - start)
+
     def _backpropagate(self, i: int, start: int, stop: int, measured: Array) -> None:
         """The part of a step before the update: its gradient and what it is judged by."""
-        problem, samples = self.problem, self.problem.samples
+        problem, m = self.problem, stop - start
         net, ops = problem.net, problem.net.backend.ops
-        rows, m = self.order[start:stop], stop - start
+        samples, rows = self._of_step(i, start, stop)
         of_T, of_w, of_part = self._of_batch
         batch, T, mean = self.batch.first(m), of_T[:m], problem.reduction == "mean"
         batch.draw = self.seed, self.t + i
@@ -196,7 +223,8 @@ class Graph(Eager):
         self, problem: Problem, rule: Optimizer, batch_size: int, seed: int, steps: int, stored: bool = False
     ) -> None:
         super().__init__(problem, rule, batch_size, seed, steps)
-        net, samples, cp = problem.net, problem.samples, problem.net.backend.xp
+        net, cp = problem.net, problem.net.backend.xp
+        samples = self.feed.samples if self.feed else problem.samples
         self.ops: Any = net.backend.ops
         n, fused = len(samples), not (problem.regularization or stored)
         as_bytes = samples.X.dtype == np.uint8
@@ -205,7 +233,7 @@ class Graph(Eager):
         shape = plans.Shape(
             batch_size, batch_size, n, steps, "bytes" if as_bytes else "reals",
             "labels" if samples.T.ndim == 1 else "rows", samples.weights is not None, problem.reduction == "mean",
-            1.0 if as_bytes else float(abs(samples.X).max()), TASKS.get(samples.task, 0),
+            1.0 if as_bytes else greatest(problem.samples.X), TASKS.get(samples.task, 0), ordered=self.feed is not None,
         )  # fmt: skip
         device = device_of(cp)
         make = functools.partial(
@@ -216,7 +244,7 @@ class Graph(Eager):
         self._plan_of = functools.cache(lambda m: make(shape=dataclasses.replace(shape, m=m)))
         self._library: cublaslt.Library | str | None = None  # or why there is none; None: nobody has asked yet
         self._products: dict[plans.LibraryProduct, cublaslt.Product] = {}
-        self._order = cp.zeros(2 * n, np.int64)
+        self._order: Any = None if self.feed else cp.zeros(2 * n, np.int64)
         self._state = cp.zeros(plans.STATE, np.uint64)
         self._vectors: dict[str, Any] = {
             "data": samples.X.reshape(-1), "targets": samples.T.reshape(-1), "weights": samples.weights,
@@ -251,6 +279,7 @@ class Graph(Eager):
         with contextlib.closing(twin):
             twin.begin(order, ends, [self.rule.lr], 1)
             twin._go_on_from(0, unusual=1)  # so that theta stays as it is
+            twin._point_at(0)
             twin._enqueue(ends[1], 0)
             return twin._flat.copy()
 
@@ -310,9 +339,12 @@ class Graph(Eager):
 
     def begin(self, order: np.ndarray, ends: Sequence[int], lrs: Sequence[float], t: int) -> None:
         """As `Eager.begin`, into buffers that stay where they are."""
-        n = len(order)
-        self.order = self._order[self._half * n : (self._half + 1) * n]
-        self.order.set(order)
+        if self.feed:
+            self.feed.begin(order, ends)
+        else:
+            n = len(order)
+            self.order = self._order[self._half * n : (self._half + 1) * n]
+            self.order.set(order)
         self.rows, self.ends, self.t, self._done = self._rows, ends, t, 0
         self._rows[: len(lrs)].set(self.ops.host_rows(self.rule, lrs, t))
         self._go_on_from(0)
@@ -321,17 +353,29 @@ class Graph(Eager):
 
     def _go_on_from(self, i: int, unusual: int = 0) -> None:
         """Tell the device that the next step is i."""
-        first = self._half * len(self.order) + self.ends[i] - i * self.batch_size
-        self._state.set(np.array([i, unusual, first, self.t], np.int64).view(np.uint64))
+        self._first = 0 if self.feed else self._half * len(self.order) + self.ends[i] - i * self.batch_size
+        self._state.set(np.array([i, unusual, self._first, self.t], np.int64).view(np.uint64))
+
+    def _point_at(self, i: int) -> None:
+        """Tell the device where the rows of the next step, i, are: without waiting, and nothing else changes there."""
+        if self.feed is None:
+            return
+        first = self.feed.enter(i) - i * self.batch_size
+        if first != self._first:
+            self._shift(0, self._first - first)
+            self._first = first
 
     def run(self, i: int, most: int, watched: bool) -> int:
         """As `Eager.run`, as many steps as the largest graph that fits."""
         if self._ordinary:
             m = self.ends[i + 1] - self.ends[i]
+            if self.feed:
+                most = min(most, self.feed.rest(i))
             alike = 1
             while alike < min(most, self.sizes[0]) and self._size(i + alike) == m:
                 alike += 1
             steps = next(size for size in self.sizes if size <= alike)
+            self._point_at(i)
             try:
                 graph = self._graph(m, steps)
             except Exception as e:
@@ -341,6 +385,10 @@ class Graph(Eager):
             else:
                 graph.launch()
                 self._done = i + steps
+                if self.feed:
+                    self._first -= steps * (self.batch_size - m)
+                    if steps == most:
+                        self.feed.ahead()  # while these are under way
                 if watched:
                     self.finish()
                 return steps
@@ -435,11 +483,15 @@ class Graph(Eager):
             )
 
     def _advance(self, steps: int, fewer: int) -> None:
+        self._shift(steps, steps * fewer)
+
+    def _shift(self, steps: int, rows: int) -> None:
         kernel = self.ops.kernel_of("advance.cu", "advance", self.problem.net.dtype)
-        self.ops.launch(kernel, (1,), (1,), self._state, steps, steps * fewer)
+        self.ops.launch(kernel, (1,), (1,), self._state, steps, rows)
 
     def close(self) -> None:
         """Wait for what was launched: then graphs and what they work on may go."""
+        super().close()
         self.problem.net.backend.xp.cuda.get_current_stream().synchronize()
         self._graphs.clear()
         self._let_go()

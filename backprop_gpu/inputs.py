@@ -31,6 +31,11 @@ class Samples:
     def __len__(self) -> int:
         return len(self.X)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        return sum(a.nbytes for a in (self.X, self.T, self.weights) if a is not None)
+
     def take(self, rows: Any) -> Samples:
         """Those of them that `rows`, a slice or indices on the host, names."""
         return Samples(_taken(self.X, rows), _taken(self.T, rows), _taken(self.weights, rows), self.task)

@@ -158,7 +158,8 @@ class Shape:
 
     `m`: samples a step; `batch`: those of a full one, which the workspace is laid out for; `n_data`: samples in all.
     `data`: "bytes" or "reals"; `targets`: "labels" or "rows". `weighted`, `mean`: of the costs. `greatest`: of |X|.
-    `task`: as in right.cuh. `steps`: of an epoch. `models`: how many train side by side.
+    `task`: as in right.cuh. `steps`: of an epoch. `models`: how many train side by side. `ordered`: the data lies in
+    the order of the steps, so that there is no other; `n_data` counts what is on the device.
     """
 
     m: int
@@ -172,6 +173,7 @@ class Shape:
     greatest: float = 1.0
     task: int = 1
     models: int = 1
+    ordered: bool = False
 
 
 @dataclass
@@ -243,7 +245,9 @@ class Plan:
             raise Unplanned(f"the cost {self.cost.name} has no CUDA expressions")
         if not self.head_makes_product and self._by_output():
             raise Unplanned(f"the output function {net.g.name} is not increasing, and there are many outputs")
-        if self.arithmetic not in ("ffma", "tf32x2") + (("tf32", "bf16") if self.real == "float" else ()):
+        if self.shape.models > 1 and any(self.dropped):
+            raise Unplanned("the masks of several models are not drawn in one launch")
+        if self.arithmetic not in (("ffma", "tf32x2", "tf32", "bf16") if self.real == "float" else ("ffma",)):
             raise Unplanned(f"there is no arithmetic {self.arithmetic} in {net.dtype}")
 
     def _by_output(self) -> bool:
@@ -498,7 +502,9 @@ class Plan:
 
     def _order(self, l: int) -> tuple[Argument, ...]:
         """order and batch, of what reads the data in layer 1."""
-        return (Place("order", 0, 2 * self.shape.n_data), self.shape.batch) if l == 1 else (None, 0)
+        if l != 1:
+            return None, 0
+        return None if self.shape.ordered else Place("order", 0, 2 * self.shape.n_data), self.shape.batch
 
     @property
     def _work(self) -> int:

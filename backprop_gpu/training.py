@@ -32,6 +32,7 @@ from .regularization import Regularization
 from .schedules import Schedule, choose_schedule, during
 from .specs import number
 from .stopping import Ending, positive
+from .streaming import room_for
 
 
 @dataclass
@@ -46,8 +47,9 @@ class History:
 
     `samples`: how many the steps have seen, each as often as it was. `stopped` says why the run ended: "epochs",
     "gradient", "still", "patience", "time" or "callback". `best_epoch` is the one whose parameters the network has,
-    where `patience` was given. `executor`: how steps were run, "eager" or "graph" (see `executors`), and `plan` the
-    operations of a graph's step (see `plan.Plan.describe`). `gradient_error`: where asked for, see `train`.
+    where `patience` was given. `executor`: how steps were run, "eager" or "graph" (see `executors`), with ", data
+    streamed" where the data stays on the host (see `streaming`), and `plan` the operations of a graph's step (see
+    `plan.Plan.describe`). `gradient_error`: where asked for, see `train`.
     """
 
     epoch: list[int] = field(default_factory=list)
@@ -148,7 +150,8 @@ def train(
     """Train `net` in place on X (m, N_0) and T, and return the history.
 
     X, T: see `Network.forward` and `Network.gradients`; NumPy data that fits the network's dtype (or is uint8) is used
-    where it lies, on a GPU it is copied to the device once. `cost`, `optimizer`, `schedule`: as they are, or by name
+    where it lies, on a GPU it is copied to the device once, or each epoch where it does not fit (see `streaming`).
+    `cost`, `optimizer`, `schedule`: as they are, or by name
     with settings ("huber:delta=0.5", "sgd:momentum=0.9", "step:every=0.25"), an optimizer without lr at that of
     `optimizers.OPTIMIZERS`. The schedule's factor multiplies the optimizer's lr; it is asked for all steps of an epoch
     before the first.
@@ -222,10 +225,12 @@ def train(
     ):  # fmt: skip
         weights = samples.weights  # they stay on the host, where orders are drawn
         before, learned = (net.criterion, net.task), _task(net, samples.T)
-        problem = Problem(net, smoothed, samples.on(be.asarray), reduction, regularization, frozen)
+        room = room_for(net, [samples, *([held_out] if held_out else [])], rule, batch_size)
+        place = be.asarray if room is None else to_host
+        problem = Problem(net, smoothed, samples.on(place), reduction, regularization, frozen, room)
         executor = stack.enter_context(contextlib.closing(choose(problem, rule, batch_size, seed, steps)))
-        held_out = None if held_out is None else held_out.on(be.asarray)
-        history.executor, history.plan = executor.rung, executor.description
+        held_out = None if held_out is None else held_out.on(place)
+        history.executor, history.plan = executor.told, executor.description
         for run.epoch in range(1, epochs + 1):
             start = time.perf_counter()
             host_order, ends = epoch_plan(batches, n, batch_size, seed, run.epoch)
@@ -252,7 +257,7 @@ def train(
                 whole_steps.deliver()
                 late = ending.late()
             executor.finish()
-            history.executor = executor.rung
+            history.executor = executor.told
             cost_sum, right = to_host(executor.measured)[:done].sum(axis=0)  # the host waits for the device here
             if diverged := int(executor.diverged[0]):
                 if diverged == 1:  # on a GPU the host hears of it here
@@ -321,7 +326,7 @@ def _evaluate(net: Network, samples: Samples, cost: Cost, reduction: str) -> Eva
     totals = be.zeros(2 * -(-n // CHUNK_ROWS), np.dtype(np.float64)).reshape(-1, 2)
     with np.errstate(all="ignore"):
         for i, (rows, batch) in enumerate(forward_chunks(net, samples.X)):
-            Z, T, w = batch.Z[-1], samples.T[rows], None if weights is None else be.asarray(weights[rows])
+            Z, T, w = batch.Z[-1], be.asarray(samples.T[rows]), None if weights is None else be.asarray(weights[rows])
             be.ops.output_delta(cost, net.g, Z, T, 1.0, batch.Delta[-1], batch.C)
             be.ops.measure(samples.task, net.g, Z, T, batch.C, w, totals[i])
     cost_sum, right = to_host(totals).sum(axis=0)
@@ -353,10 +358,10 @@ def _gradient_norms(problem: Problem, whole: float) -> _Norms:
         for i in range(0, n, CHUNK_ROWS):
             rows = slice(i, min(i + CHUNK_ROWS, n))
             batch = all_rows.first(rows.stop - i)
-            be.ops.gather(samples.X, rows, batch.A[0])
+            be.ops.gather(be.asarray(samples.X[rows]), slice(0, batch.m), batch.A[0])
             forward(be.ops, net, batch)
-            w = 1 / whole if samples.weights is None else samples.weights[rows] / whole
-            backward(be.ops, net, batch, samples.T[rows], w, problem.cost, views)
+            w = 1 / whole if samples.weights is None else be.asarray(samples.weights[rows]) / whole
+            backward(be.ops, net, batch, be.asarray(samples.T[rows]), w, problem.cost, views)
             total += flat
         penalties = Regularization(problem.regularization.l1, problem.regularization.l2)
         if penalties:

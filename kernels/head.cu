@@ -80,7 +80,8 @@ __device__ bool delta_rows(const real (*d)[NARROW], const real* W, const real* k
 #pragma unroll
             for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-                for (int j = 0; j < N; ++j) sum[r].v[j] += d[r][k] * w.v[j];
+                for (int j = 0; j < N; ++j)
+                    if (r < rows) sum[r].v[j] += d[r][k] * w.v[j];
         }
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {

@@ -863,6 +863,7 @@ def module():
     cupy.RawModule = RawModule
     cupy.asarray, cupy.empty, cupy.empty_like = asarray, empty, empty_like
     cupy.asnumpy = asnumpy
+    cupy.get_default_memory_pool = lambda: types.SimpleNamespace(free_bytes=lambda: 0)
     cupy.cuda = types.SimpleNamespace(
         Device=Device,
         Event=Event,
@@ -883,6 +884,7 @@ def module():
             getDevice=lambda: 0,
             driverGetVersion=lambda: 13000,
             runtimeGetVersion=lambda: 13000,
+            memGetInfo=lambda: (60 << 30, 80 << 30),
             getDeviceProperties=lambda index: {"name": DEVICE_NAME},
             deviceGetAttribute=lambda attribute, index: ATTRIBUTES[attribute],
         ),

@@ -59,7 +59,8 @@ def tiled(file):
     return [
         {"REAL": real, "ARITHMETIC": arithmetic, "TILE": str(tile)}
         for real, arithmetic, tile in chosen
-        if arithmetic != "bf16" or tile.depth // tile.deep % 16 == 0
+        if (arithmetic != "bf16" or tile.depth // tile.deep % 16 == 0)
+        and (arithmetic != "tf32" or tile is tiles[-1])  # it does less than tf32x2
     ]
 
 
@@ -77,8 +78,8 @@ def of_a_step(file):
         ]
         usual = ("cost_cross_entropy", "f_softmax")
         chosen = [(real, str(plans.HEAD_WARPS), *usual, "f_gelu") for real in ("float", "double")]
-        chosen += [("float", "1", *pair, "f_tanh") for pair in pairs[:: len(pairs) // 12]]
-        chosen += [("double", "1", *usual, f) for f in hidden[::3]]
+        chosen += [("float", "1", *pair, "f_tanh") for pair in pairs[:: len(pairs) // 6]]
+        chosen += [("double", "1", *usual, "f_gelu")]
         return [dict(zip(("REAL", "ROWS", "COST", "ACTIVATION", "BELOW"), of, strict=True)) for of in chosen]
     every = tiled(file)
     small, small_double = ({**of, "SOURCE": "real"} for of in (every[3 if file != "gradients.cu" else 2], every[-1]))
@@ -89,10 +90,9 @@ def of_a_step(file):
             {**of, "SOURCE": next(sources), "RULE": rule}
             for of, rule in zip(every, itertools.cycle(rules), strict=False)
         ]
-        chosen += [small, small_double, *({**small, "RULE": rule} for rule in rules)]
-        return [*chosen, *({**small_double, "RULE": rule} for rule in rules)]
+        return [*chosen, small, small_double, *({**small, "RULE": rule} for rule in rules)]
     chosen = [{**of, "SOURCE": next(sources), "ACTIVATION": "f_tanh"} for of in every]
-    chosen += [{**of, "ACTIVATION": f} for of in (small, small_double) for f in hidden if f != "f_tanh"]
+    chosen += [{**small, "ACTIVATION": f} for f in hidden if f != "f_tanh"] + [{**small_double, "ACTIVATION": "f_gelu"}]
     return chosen if file == "forward.cu" else [{k: v for k, v in of.items() if k != "SOURCE"} for of in chosen]
 
 

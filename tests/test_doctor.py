@@ -119,7 +119,7 @@ def test_a_gpu_that_works():
         "mig": "1g.10gb",
     }
     assert (found["versions"]["nvrtc"], found["versions"]["cuda_runtime"]) == ("12.9", "13.0")
-    assert found["rung"]["name"] == "eager kernels"
+    assert found["rung"]["name"] == "graph"
     assert "\nno fault     fork, cupy, packages, driver, gpu, libraries, cache\n" in text
     assert (
         "\nGPU          0: NVIDIA H100 80GB HBM3 MIG 1g.10gb, compute capability 9.0, 132 multiprocessors, "

@@ -346,13 +346,14 @@ def test_a_part_that_fails_dies_or_hangs_does_not_stop_the_next(on_gpu, tmp_path
     verdicts = {r["part"]: r["ok"] for r in on_gpu.read(tmp_path / "out") if r["what"] == "verdict"}
     assert verdicts == {
         "environment": True, "tests": False, "sanitizer": False, "kernels": False, "mnist": None, "counts": True,
+        "floors": True, "cublaslt": True, "steps": True,
     }  # fmt: skip
     text = (tmp_path / "out" / "summary.md").read_text()
     assert "| tests | failed | 0 | it ended with code -9<br>Segmentation fault |" in text
     assert "| sanitizer | failed | 1 | it took more than 1 s |" in text
     assert "| mnist | not run |" in text
     assert "all \\| well" in text
-    assert capsys.readouterr().out.endswith("failed: tests, sanitizer, kernels\n")
+    assert capsys.readouterr().out.endswith("failed: kernels, sanitizer, tests\n")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.jsonl", "summary.md"]
 
 
@@ -369,9 +370,9 @@ def test_a_part_that_raises_leaves_a_verdict(on_gpu, tmp_path, monkeypatch):
     assert verdict["figures"][0] == "KeyError: 'lost'"
 
 
-def test_all_limits_together_stay_below_8_minutes(on_gpu):
-    assert sum(on_gpu.LIMITS.values()) < 8 * 60
-    assert list(on_gpu.LIMITS) == list(on_gpu.PARTS)
+def test_all_limits_together_stay_below_18_minutes(on_gpu):
+    assert sum(on_gpu.LIMITS.values()) < 18 * 60
+    assert set(on_gpu.LIMITS) == set(on_gpu.PARTS)
 
 
 def test_the_table_of_kernels_marks_what_is_doubtful(on_gpu):

@@ -313,13 +313,14 @@ def test_the_largest_tile_that_fits_and_fills_the_device(kernel, real, processor
     assert chosen == {last} or processors < 10**6
 
 
-@pytest.mark.parametrize(("arch", "shared"), [(61, 48), (75, 64)])
-def test_a_device_with_too_little_shared_memory_has_no_plan(arch, shared):
-    """And so its steps are eager."""
+@pytest.mark.parametrize(("arch", "shared"), [(61, 48), (75, 64), (61, 16)])
+def test_with_little_shared_memory_tiles_fit_or_there_is_no_plan(arch, shared):
+    """And so steps are eager."""
     try:
-        assert planned([784, 100, 10], SMALL._replace(arch=arch, shared=shared << 10))
-    except Unplanned as e:
-        assert "shared memory" in str(e)
+        plan = planned([784, 100, 10], SMALL._replace(arch=arch, shared=shared << 10))
+    except Unplanned:
+        return
+    assert max(o.shared for o in plan.operations) <= shared << 10
 
 
 def test_the_tile_goes_by_shape_and_device_alone():

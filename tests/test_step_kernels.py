@@ -170,10 +170,10 @@ class Step:
             "measured": np.full((models, steps, 2), np.nan), "layers": plan.table,
         }  # fmt: skip
         if case.rule is not None:
-            with np.errstate(all="ignore"):
-                row = device.ops.host_rows(case.rule, [case.rule.lr], T_OF_0 + NUMBER)
-            rows = np.full((models, steps, row.shape[1]), np.nan)
-            rows[:, NUMBER] = row
+            lrs = [case.rule.lr * 2**model for model in range(models)]
+            rows = np.full((models, steps, device.ops.host_rows(case.rule, lrs, 1).shape[1]), np.nan)
+            for its, lr in zip(rows, lrs, strict=True):
+                its[NUMBER] = device.ops.host_rows(case.rule, [lr], T_OF_0 + NUMBER)[0]
             vectors["rows"] = rows
             for i, there in enumerate(plan.slots):
                 if there:
