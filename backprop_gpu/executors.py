@@ -345,7 +345,7 @@ class Graph(Eager):
             n = len(order)
             self.order = self._order[self._half * n : (self._half + 1) * n]
             self.order.set(order)
-        self.rows, self.ends, self.t, self._done = self._rows, ends, t, 0
+        self.rows, self.ends, self.t, self._done, self._put_off = self._rows, ends, t, 0, 0
         self._rows[: len(lrs)].set(self.ops.host_rows(self.rule, lrs, t))
         self._go_on_from(0)
         decays = max(lrs) * self.rule.weight_decay < 1
@@ -374,16 +374,17 @@ class Graph(Eager):
             alike = 1
             while alike < min(most, self.sizes[0]) and self._size(i + alike) == m:
                 alike += 1
+            if m != self.batch_size:  # a recording's batches begin at multiples of the whole one
+                alike = 1
             steps = next(size for size in self.sizes if size <= alike)
             self._point_at(i)
             try:
-                graph = self._graph(m, steps)
+                self._graph(m, steps).launch()
             except Exception as e:
                 self._ordinary, self.failed = False, f"{type(e).__name__}: {e}"
                 warnings.warn(f"no CUDA graph, steps run one operation at a time: {self.failed}", stacklevel=2)
-                self._go_on_from(i)
+                self.finish()  # steps before these that were put off
             else:
-                graph.launch()
                 self._done = i + steps
                 if self.feed:
                     self._first -= steps * (self.batch_size - m)
@@ -401,6 +402,9 @@ class Graph(Eager):
         """Take the steps that were put off, if there are any. Waits for the device."""
         while unusual := int(self._state[plans.UNUSUAL]):
             i, done = unusual - self.t, self._done
+            self._put_off += 1
+            if self._put_off == MANY:  # the rest of the epoch would be launched again and again
+                self._ordinary = False
             super().step(i, self.ends[i], self.ends[i + 1], self.measured[i])
             if int(self.diverged[0]):
                 break
@@ -495,12 +499,17 @@ class Graph(Eager):
         self.problem.net.backend.xp.cuda.get_current_stream().synchronize()
         self._graphs.clear()
         self._let_go()
+        for made in ("_launches", "_plan_of", "_vectors"):  # they hold on to this object, and to its memory
+            self.__dict__.pop(made, None)
 
     def _let_go(self) -> None:
         """Give back what cuBLASLt made."""
         self._products.clear()
         if isinstance(self._library, cublaslt.Library):
             self._library.close()
+
+
+MANY = 8  # steps put off in an epoch, from which on it runs eagerly
 
 
 def _refuse(size: int) -> Any:

@@ -744,6 +744,7 @@ _FLOAT = (
 )
 _FLOAT_GRADIENTS = (Tile(128, 128, 32, 2, 4, 1, 3), Tile(64, 32, 64, 2, 2, 2, 3), Tile(32, 16, 64, 2, 1, 4, 4))
 _DOUBLE = (Tile(64, 64, 16, 2, 4, 1, 3), Tile(32, 32, 32, 2, 2, 2, 3), Tile(16, 16, 32, 1, 1, 4, 4))
+_MODEST = {"float": Tile(16, 16, 64, 1, 1, 4, 3), "double": Tile(16, 16, 32, 1, 1, 4, 2)}  # where memory is scarce
 _BESIDE = 2 << 10  # bytes of shared memory that kernels take beside the product's
 
 
@@ -757,7 +758,9 @@ def choose_tile(
         item, tiles = 4, _FLOAT
         if kernel == "gradients":
             tiles, enough = _FLOAT_GRADIENTS, 2.0
-    fitting = [tile for tile in tiles if tile.shared(kernel, item) + _BESIDE <= device.shared]
+    fitting = [tile for tile in tiles if tile.shared(kernel, item) + _BESIDE <= device.shared] or [_MODEST[real]]
+    if fitting[-1].shared(kernel, item) + _BESIDE > device.shared:
+        raise Unplanned(f"{kernel} does not fit in {device.shared} bytes of shared memory")
     for tile in fitting:
         if sum(math.prod(tile.blocks(m, n)) for m, n, _ in products) >= enough * device.processors:
             return tile

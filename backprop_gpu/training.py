@@ -151,10 +151,9 @@ def train(
 
     X, T: see `Network.forward` and `Network.gradients`; NumPy data that fits the network's dtype (or is uint8) is used
     where it lies, on a GPU it is copied to the device once, or each epoch where it does not fit (see `streaming`).
-    `cost`, `optimizer`, `schedule`: as they are, or by name
-    with settings ("huber:delta=0.5", "sgd:momentum=0.9", "step:every=0.25"), an optimizer without lr at that of
-    `optimizers.OPTIMIZERS`. The schedule's factor multiplies the optimizer's lr; it is asked for all steps of an epoch
-    before the first.
+    `cost`, `optimizer`, `schedule`: as they are, or by name with settings ("huber:delta=0.5", "sgd:momentum=0.9",
+    "step:every=0.25"), an optimizer without lr at that of `optimizers.OPTIMIZERS`. The schedule's factor multiplies the
+    optimizer's lr; it is asked for all steps of an epoch before the first.
 
     Batches: each epoch visits every sample once, in a fresh order drawn from (seed, epoch), in batches of `batch_size`
     or "full" ones; the last, smaller one is kept. `batches`: "shuffled", or as in `batches.epoch_plan`. A batch_size
@@ -254,6 +253,8 @@ def train(
                     break
                 for call in on_step:
                     _call(call, run)
+                if whole_steps.waiting:
+                    executor.finish()
                 whole_steps.deliver()
                 late = ending.late()
             executor.finish()
@@ -517,6 +518,11 @@ class _WholeSteps:
             self._waiting = None
             self._handlers[number](number, frame)
         self._waiting = number
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a signal is held."""
+        return self._waiting is not None
 
     def deliver(self) -> None:
         """Let a held signal do what it would have done."""
