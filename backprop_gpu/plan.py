@@ -233,6 +233,7 @@ class Plan:
         # Kernels start before the one before has ended, where that takes no room from it: measured on an H100.
         blocks = [math.prod(o.grid) for o in self.operations if isinstance(o, Operation)]
         self.early = device.arch >= 90 and not self.products and max(blocks) <= 2 * device.processors
+        self._library = None  # asked enough; it may hold on to the one who asks
 
     # ------------------------------------------------------------------------------------------------ what is where
 
