@@ -59,9 +59,9 @@ def data_limit() -> int | None:
     return int(number) * unit if number.isdigit() else int(float(number) * unit)
 
 
-def _free(cp: Any) -> int:
+def _free(xp: Any) -> int:
     """Bytes of the device that can be had: nobody's, and those that CuPy keeps for later."""
-    return int(cp.cuda.runtime.memGetInfo()[0]) + int(cp.get_default_memory_pool().free_bytes())
+    return int(xp.cuda.runtime.memGetInfo()[0]) + int(xp.get_default_memory_pool().free_bytes())
 
 
 def _needed(net: Network, rule: Optimizer, batch_size: int) -> int:
@@ -75,27 +75,27 @@ class Feed:
     """The rows of an epoch's steps, in the order of the steps, on the device when they are needed.
 
     `samples` is the buffer there, of two chunks of `rows` samples each, or of one that holds all. A chunk is as many
-    steps of `batch_size` samples as `room` bytes have space for, twice, up to MOST_STEPS and MOST_BYTES; if it can be,
+    steps of `batch_size` samples as `room` bytes have space for, twice, at least one, up to MOST_STEPS and MOST_BYTES;
     a multiple of the first of `sizes` that is not above it.
     """
 
     def __init__(self, be: Backend, source: Samples, batch_size: int, room: int, sizes: Sequence[int]) -> None:
-        cp, n = be.xp, len(source)
+        xp, n = be.xp, len(source)
         fit = min(room // 2, MOST_BYTES) * n // max(1, source.nbytes * batch_size)
         self._steps = max(1, min(MOST_STEPS, fit))
         self._steps -= self._steps % next((size for size in sizes if size <= self._steps), 1)
         self.rows = min(self._steps * batch_size, n)
         halves = 1 if self.rows == n else 2
-        self._cp, self._source = cp, source
+        self.xp, self._source = xp, source
 
         def made(a: np.ndarray | None) -> Any:  # zeros: a kernel may be tried on them
-            return None if a is None else cp.zeros((halves * self.rows, *a.shape[1:]), a.dtype)
+            return None if a is None else xp.zeros((halves * self.rows, *a.shape[1:]), a.dtype)
 
         self.samples = Samples(made(source.X), made(source.T), made(source.weights), source.task)
         self._pinned = [[self._made_pinned(a) for a in self._parts(source)] for _ in range(halves)]
-        self._stream = cp.cuda.Stream(non_blocking=True)
+        self._stream = xp.cuda.Stream(non_blocking=True)
         # Of each half: its copy has landed, and its chunk has been used.
-        self._landed, self._used = ([cp.cuda.Event(disable_timing=True) for _ in range(halves)] for _ in range(2))
+        self._landed, self._used = ([xp.cuda.Event(disable_timing=True) for _ in range(halves)] for _ in range(2))
         for event in self._used:
             event.record()  # after the zeros
         self._held: list[int | None] = [None] * halves  # which chunk
@@ -108,7 +108,7 @@ class Feed:
     def _made_pinned(self, a: np.ndarray) -> np.ndarray:
         shape = (self.rows, *a.shape[1:])
         size = int(np.prod(shape))
-        memory = self._cp.cuda.alloc_pinned_memory(size * a.dtype.itemsize)
+        memory = self.xp.cuda.alloc_pinned_memory(size * a.dtype.itemsize)
         return np.frombuffer(memory, a.dtype, size).reshape(shape)
 
     def begin(self, order: np.ndarray, ends: Sequence[int]) -> None:
@@ -133,7 +133,7 @@ class Feed:
         if chunk != self._current:
             self._leave()
             self._fill(chunk)
-            self._cp.cuda.get_current_stream().wait_event(self._landed[half])
+            self.xp.cuda.get_current_stream().wait_event(self._landed[half])
             self._current = chunk
         return half * self.rows + self._ends[i] - self._ends[self._bounds[chunk]]
 

@@ -311,9 +311,8 @@ def evaluate(
     """
     chosen = net.criterion if cost is None else choose_cost(cost, net.output)
     check_reduction(reduction)
-    samples, be = _samples(net, X, T, chosen, reduction, sample_weight), net.backend
-    with be.active():
-        samples = Samples(samples.X, be.asarray(samples.T), samples.weights, samples.task)  # X goes in chunks
+    samples = _samples(net, X, T, chosen, reduction, sample_weight)
+    with net.backend.active():
         return _evaluate(net, samples, chosen, reduction)
 
 

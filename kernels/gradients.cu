@@ -131,7 +131,10 @@ __device__ __forceinline__ void layer_tile(unsigned char* shared, const real* wo
     }
 }
 
-extern "C" __global__ __launch_bounds__(TILE::THREADS, TILE::ROWS * TILE::COLUMNS < 4096 ? 2 : 1) void gradients(
+// Blocks that share a multiprocessor, where their registers do.
+constexpr int RESIDENT = TILE::ROWS * TILE::COLUMNS < (ARITHMETIC::heavy ? 2048 : 4096) ? 2 : 1;
+
+extern "C" __global__ __launch_bounds__(TILE::THREADS, RESIDENT) void gradients(
     const long long* layers, int n_layers, int tiles, const SOURCE* data, int data_stride,
     const long long* order, int batch, const real* work, real scale, real* theta, real* g, real* s0, real* s1, real* s2,
     const double* rows, int row_size, long long C, long long right, long long w, double* measured,

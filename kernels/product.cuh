@@ -11,7 +11,7 @@
 //
 //     ffma      multiply-adds in REAL
 //     tf32      tensor cores: operands rounded to 11 bits, sums in float
-//     tf32x2    tensor cores: operands as sums of two such numbers, near float's own accuracy
+//     tf32x2    tensor cores: operands as sums of two such numbers, long sums in float: near float's own accuracy
 //     bf16      tensor cores: operands rounded to 8 bits, sums in float
 #pragma once
 #include "arch.cuh"
@@ -90,6 +90,7 @@ template <class From_, Way way, int SIDE, int DEPTH, int THREADS> struct Panel {
 template <int M, int N> using Sums = real[M / 16][N / 8][4];
 
 struct ffma {
+    static constexpr bool heavy = false;  // of registers
     template <class A, class B, int M, int N, int K>
     static __device__ __forceinline__ void multiply(Sums<M, N>& acc, const typename A::From* a,
                                                     const typename B::From* b, int g, int t) {
@@ -116,10 +117,12 @@ template <bool exact, bool twice> __device__ __forceinline__ void split(float x,
 }
 
 template <bool twice> struct TF32 {
+    static constexpr bool heavy = twice;
     template <class A, class B, int M, int N, int K>
     static __device__ __forceinline__ void multiply(Sums<M, N>& acc, const typename A::From* a,
                                                     const typename B::From* b, int g, int t) {
-#pragma unroll
+        constexpr int AT_ONCE = twice ? 1 : K / 8;  // more would not leave registers enough
+#pragma unroll AT_ONCE
         for (int k = 0; k < K; k += 8) {
             unsigned high[N / 8][2], low[N / 8][2];
 #pragma unroll
@@ -136,9 +139,15 @@ template <bool twice> struct TF32 {
                                            rest[e]);
 #pragma unroll
                 for (int j = 0; j < N / 8; ++j) {
-                    if constexpr (twice && !A::exact) mma_tf32_16x8x8(acc[i][j], rest, high[j]);
-                    if constexpr (twice && !B::exact) mma_tf32_16x8x8(acc[i][j], of_a, low[j]);
-                    mma_tf32_16x8x8(acc[i][j], of_a, high[j]);
+                    if constexpr (twice) {  // tensor cores cut off what their sums cannot hold: long ones are float's
+                        real sum[4] = {};
+                        if constexpr (!A::exact) mma_tf32_16x8x8(sum, rest, high[j]);
+                        if constexpr (!B::exact) mma_tf32_16x8x8(sum, of_a, low[j]);
+                        mma_tf32_16x8x8(sum, of_a, high[j]);
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) acc[i][j][e] += sum[e];
+                    } else
+                        mma_tf32_16x8x8(acc[i][j], of_a, high[j]);
                 }
             }
         }
@@ -148,6 +157,7 @@ using tf32 = TF32<false>;
 using tf32x2 = TF32<true>;
 
 struct bf16 {
+    static constexpr bool heavy = false;
     template <class A, class B, int M, int N, int K>
     static __device__ __forceinline__ void multiply(Sums<M, N>& acc, const typename A::From* a,
                                                     const typename B::From* b, int g, int t) {

@@ -1,10 +1,13 @@
 """Data that stays on the host: the bits of a run whose data is on the device, and rows that are there in time."""
 
 import contextlib
+import gc
+import weakref
 
 import fake_cupy
 import numpy as np
 import pytest
+from conftest import real_gpu
 
 import backprop_gpu as bp
 from backprop_gpu import streaming
@@ -17,8 +20,9 @@ LIMIT = "BACKPROP_GPU_DATA_LIMIT"
 
 
 @pytest.fixture(autouse=True)
-def small_graphs(monkeypatch):
+def small_graphs_and_no_limit(monkeypatch):
     monkeypatch.setattr(Graph, "sizes", (4, 2, 1))
+    monkeypatch.delenv(LIMIT, raising=False)
 
 
 class Everything:
@@ -36,11 +40,15 @@ class Everything:
         return "everything"
 
 
-@pytest.fixture(params=["copies", "kernels", Everything()], ids=str)
+@pytest.fixture(params=["copies", "kernels", Everything(), pytest.param("gpu", marks=pytest.mark.gpu)], ids=str)
 def late(request):
-    """Each way in which work is put off as long as it may be."""
-    with fake_cupy.installed(late=request.param):
-        yield request.param
+    """Each way in which work is put off as long as it may be; and a GPU, which does as it likes."""
+    if request.param == "gpu":
+        real_gpu()
+        yield "gpu"
+    else:
+        with fake_cupy.installed(late=request.param):
+            yield request.param
 
 
 @pytest.fixture
@@ -155,6 +163,29 @@ def test_chunks_of_every_size(cp, settings, limit, monkeypatch, ends_of):
     same_bits(settings, limit, monkeypatch, ends_of)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bytes", "reals"])
+@pytest.mark.parametrize("limit", ["2MB", "20MB", "60MB"])
+def test_much_data_on_a_gpu(kind, limit, monkeypatch):
+    """Chunks of many steps, whose copies take as long as the steps do."""
+    real_gpu()
+    monkeypatch.setattr(Graph, "sizes", (64, 16, 1))
+    rng = np.random.default_rng(0)
+    X, T = rng.integers(0, 256, (60_000, 784)).astype(np.uint8), rng.integers(0, 10, 60_000)
+    X = X if kind == "bytes" else (X / 255).astype(np.float32)
+    weights, bits = rng.random(60_000) + 0.5, []
+    for streamed in (False, True):
+        with monkeypatch.context() as m:
+            if streamed:
+                m.setenv(LIMIT, limit)
+            net = bp.Network([784, 100, 10], backend="cupy", dropout=0.2, seed=2)
+            history = bp.train(net, X, T, epochs=3, sample_weight=weights, validation=0.1)
+        assert history.executor == "graph" + ", data streamed" * streamed
+        bits.append((to_host(net.theta).tobytes(), history.train_cost, history.validation_cost))
+        print(kind, limit, history.executor, history.seconds)
+    assert bits[0] == bits[1]
+
+
 class Each:
     """A callback that has every step waited for."""
 
@@ -245,6 +276,17 @@ def test_after_the_first_epoch_its_steps_allocate_nothing(cp, settings, how, mon
     for before, pinned_before, after, pinned_after in counts[1:]:
         assert (before, pinned_before) == (after, pinned_after)
     assert len(pinned) == 2 * (2 + settings.get("weights", False))
+
+
+def test_after_training_its_memory_is_free_at_once(cp, monkeypatch, feeds):
+    """Without the garbage collector, as that of graphs."""
+    gc.disable()
+    try:
+        trained({}, 2500, monkeypatch)
+        feed = weakref.ref(feeds.pop())
+        assert feed() is None
+    finally:
+        gc.enable()
 
 
 def test_the_data_on_the_device_is_within_the_limit(cp, monkeypatch, feeds):
