@@ -8,6 +8,7 @@ import fake_cupy
 import numpy as np
 import pytest
 from conftest import real_gpu
+from test_wide import fake  # noqa: F401 - a fixture
 
 import backprop_gpu as bp
 from backprop_gpu import streaming
@@ -165,7 +166,7 @@ def test_chunks_of_every_size(cp, settings, limit, monkeypatch, ends_of):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["bytes", "reals"])
-@pytest.mark.parametrize("limit", ["2MB", "20MB", "60MB"])
+@pytest.mark.parametrize("limit", ["2MB", "20MB", "40MB"])
 def test_much_data_on_a_gpu(kind, limit, monkeypatch):
     """Chunks of many steps, whose copies take as long as the steps do."""
     real_gpu()
@@ -184,6 +185,22 @@ def test_much_data_on_a_gpu(kind, limit, monkeypatch):
         bits.append((to_host(net.theta).tobytes(), history.train_cost, history.validation_cost))
         print(kind, limit, history.executor, history.seconds)
     assert bits[0] == bits[1]
+
+
+@pytest.mark.parametrize("more", [{}, {"uint8": False, "weights": True, "dropout": 0.3}], ids=repr)
+@pytest.mark.parametrize("batches", ["shuffled", "chunks"])
+def test_products_of_cublaslt(fake, batches, more, monkeypatch, ends_of):  # noqa: F811
+    """The step's rows are gathered for them first."""
+    settings = {"layers": [20, 16, 12, 5], "batch_size": 24, "batches": batches, "epochs": 3, **more}
+    history = same_bits(settings, 2500, monkeypatch, ends_of)
+    assert "cuBLASLt" in history.plan
+
+
+@pytest.mark.parametrize("more", [{}, {"uint8": False, "labels": False, "weights": True}], ids=repr)
+def test_no_kernel_reads_past_the_rows(more, monkeypatch, ends_of):
+    """With every access of the kernels looked at."""
+    with fake_cupy.installed(check=True):
+        same_bits({"batch_size": 40, **more}, 3000, monkeypatch, ends_of)
 
 
 class Each:
