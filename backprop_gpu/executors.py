@@ -265,7 +265,7 @@ class Graph(Eager):
 
     @property
     def rung(self) -> str:  # type: ignore[override]
-        """"graph", or why not."""
+        """ "graph", or why not."""
         return f"eager: {self.failed}" if self.failed else "graph"
 
     @property

@@ -1,6 +1,6 @@
 """This project's own training steps A to D on a GPU, per rung of execution and precision: see `gpu_recipe`.
 
-    python -m benchmarks.gpu_steps [FILE]       a line of JSON a row, to stdout and to the file
+python -m benchmarks.gpu_steps [FILE]       a line of JSON a row, to stdout and to the file
 """
 
 from __future__ import annotations

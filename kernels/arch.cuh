@@ -58,13 +58,13 @@ template <int N> __device__ __forceinline__ void copy_async_wait() {
 }
 #else
 __device__ __forceinline__ void copy_async16(void* to_shared, const void* from_global, int bytes = 16) {
-    uint4 whole = {0, 0, 0, 0};
-    if (bytes == 16)
-        whole = *static_cast<const uint4*>(from_global);
-    else
-        for (int i = 0; i < bytes; ++i)
-            reinterpret_cast<unsigned char*>(&whole)[i] = static_cast<const unsigned char*>(from_global)[i];
-    *static_cast<uint4*>(to_shared) = whole;
+    if (bytes == 16) {
+        *static_cast<uint4*>(to_shared) = *static_cast<const uint4*>(from_global);
+        return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < 16; ++i)
+        static_cast<unsigned char*>(to_shared)[i] = i < bytes ? static_cast<const unsigned char*>(from_global)[i] : 0;
 }
 __device__ __forceinline__ void copy_async_commit() {}
 template <int N> __device__ __forceinline__ void copy_async_wait() {}

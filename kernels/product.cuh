@@ -162,7 +162,7 @@ struct bf16 {
     static __device__ __forceinline__ void multiply(Sums<M, N>& acc, const typename A::From* a,
                                                     const typename B::From* b, int g, int t) {
         static_assert(K % 16 == 0, "a step of bf16 takes 16 of k");
-#pragma unroll
+#pragma unroll 1
         for (int k = 0; k < K; k += 16) {
             unsigned of_b[N / 8][2];
 #pragma unroll

@@ -2,6 +2,9 @@
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: each takes one thread, and so do those that it starts
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import fake_cupy
 import numpy as np
 import pytest
@@ -12,6 +15,20 @@ from backprop_gpu import backend as backends
 
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("suite")
+
+RAN = set()  # the tests that began in this process
+
+
+@pytest.fixture(autouse=True)
+def _counted(request):
+    RAN.add(request.node.nodeid)
+
+
+def all_ran(request, names):
+    """Whether every test of the file of `request`, whose names are given, has run in this process, itself included."""
+    here = [item for item in request.session.items if item.path == request.path]
+    return names == {item.function.__name__ for item in here} and {item.nodeid for item in here} <= RAN
+
 
 REQUIRED = os.environ.get("BACKPROP_GPU_REQUIRE") == "1"
 
@@ -27,6 +44,7 @@ def _numpy_unless_a_test_says_otherwise(monkeypatch):
     monkeypatch.setenv("BACKPROP_GPU_BACKEND", "numpy")
     monkeypatch.delenv("BACKPROP_GPU_DEVICE", raising=False)
     monkeypatch.delenv("BACKPROP_GPU_EXECUTOR", raising=False)
+    monkeypatch.delenv("BACKPROP_GPU_DATA_LIMIT", raising=False)
 
 
 def real_gpu():

@@ -49,9 +49,6 @@ ONLY_FROM_80 = {
     "pack_bf16": "*x = pack_bf16(1.f, 2.f);",
     "mma_tf32_16x8x8": "float d[4]; unsigned a[4], b[2]; mma_tf32_16x8x8(d, a, b);",
     "mma_bf16_16x8x16": "float d[4]; unsigned a[4], b[2]; mma_bf16_16x8x16(d, a, b);",
-    "copy_async16": "copy_async16(x, x);",
-    "copy_async_commit": "copy_async_commit();",
-    "copy_async_wait": "copy_async_wait<0>();",
 }
 
 

@@ -7,7 +7,7 @@ import kernel_variants
 import kernels_on_cpu
 import numpy as np
 import pytest
-from conftest import real_gpu
+from conftest import all_ran, real_gpu
 
 import backprop_gpu as bp
 from backprop_gpu import backend as backends
@@ -681,9 +681,7 @@ def test_the_same_bits_in_any_order(rng):
 
 def test_every_kernel_has_an_execution_test(request):
     """When all of this file has run before this last test, every kernel of an operation alone has been compared."""
-    here = [item for item in request.session.items if item.path == request.path]
-    whole = {name for name in globals() if name.startswith("test_")} == {item.function.__name__ for item in here}
-    if hasattr(request.config, "workerinput") or not whole:
+    if not all_ran(request, {name for name in globals() if name.startswith("test_")}):
         pytest.skip("only part of this file ran in this process")
     written = {
         name for file in kernel_variants.ALONE for name in cuda_source.signatures(cuda_source.text(file, REAL="float"))

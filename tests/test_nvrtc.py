@@ -29,15 +29,12 @@ MORE_REGISTERS = {  # (kernel, REAL): (its budget, why)
     ("forward", "double"): (144, "likewise"),
     ("delta", "float"): (192, "likewise"),
     ("delta", "double"): (144, "likewise"),
-    ("gradients", "float"): (224, "likewise, and theta with three slots of four elements"),
-    ("gradients", "double"): (224, "likewise"),
-    ("head", "float"): (224, "40 sums, and what they come of; 128 threads, of which few blocks are needed"),
+    ("gradients", "float"): (255, "likewise, and theta with three slots, two elements each"),
+    ("gradients", "double"): (255, "likewise"),
+    ("head", "float"): (255, "40 sums, and what they come of; 128 threads, of which few blocks are needed"),
     ("head", "double"): (255, "likewise"),
 }
-_BY_BYTES = "the end of a row is copied byte by byte, by a copy_async16 that there is none of in hardware"
-LOCAL_MEMORY = {  # (kernel, architecture) that has a stack frame: (its bytes, why)
-    (kernel, 70): (16, _BY_BYTES) for kernel in ("forward", "delta", "gradients")
-}
+LOCAL_MEMORY: dict[tuple[str, int], tuple[int, str]] = {}  # (kernel, architecture) with a stack frame: (bytes, why)
 SHARED = 24 << 10  # bytes: four blocks fit in the 96 KiB of sm_70
 
 

@@ -13,6 +13,7 @@ import fake_cupy
 import kernels_on_cpu
 import numpy as np
 import pytest
+from conftest import all_ran
 from test_kernels import MODES, PAIRS, RULES, device  # noqa: F401
 
 import backprop_gpu as bp
@@ -969,8 +970,6 @@ def test_a_derivative_from_the_wrong_array_is_caught(monkeypatch):
 
 
 def test_every_kernel_of_a_step_was_run(request):
-    here = [item for item in request.session.items if item.path == request.path]
-    whole = {name for name in globals() if name.startswith("test_")} == {item.function.__name__ for item in here}
-    if hasattr(request.config, "workerinput") or not whole:
+    if not all_ran(request, {name for name in globals() if name.startswith("test_")}):
         pytest.skip("only part of this file ran in this process")
     assert fake_cupy.Counts.kernels >= {"forward", "delta", "head", "gradients", "advance", "step_shares", "drop"}

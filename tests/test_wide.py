@@ -411,14 +411,16 @@ def test_plans_need_no_gpu(monkeypatch):
 def test_the_limits_as_they_are():
     """The layers and batches that count as wide."""
     for layers, m, wanted in (
-        ([784, 512, 512, 10], 1024, {1, 2}),
-        ([784, 511, 512, 10], 1024, set()),
-        ([784, 512, 512, 10], 1023, set()),
-        ([500, 512, 512, 10], 1024, {2}),
-        ([784, 512, 514, 10], 1024, {1}),
+        ([784, 512, 512, 10], 2048, {1, 2}),
+        ([784, 511, 512, 10], 2048, set()),
+        ([784, 512, 512, 10], 2047, set()),
+        ([784, 1024, 1024, 10], 1024, {2}),
+        ([784, 1024, 1024, 10], 1023, set()),
+        ([500, 512, 512, 10], 2048, {2}),
+        ([784, 512, 514, 10], 2048, {1}),
     ):
         net = bp.Network(layers, precision="float32")
-        found = planned(net, lambda of, product: None, m, batch=1024).products
+        found = planned(net, lambda of, product: None, m, batch=2048).products
         assert {l for name, l in found if name == "forward"} == wanted, (layers, m)
 
 
