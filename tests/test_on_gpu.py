@@ -330,7 +330,7 @@ def tell(**r):
     with open(os.path.join(directory, "results.jsonl"), "a") as f:
         f.write(json.dumps({"part": part, **r}) + "\\n")
 if part == "tests":
-    print("Segmentation fault")
+    print("Segmentation fault", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 if part == "sanitizer":
     time.sleep(60)
