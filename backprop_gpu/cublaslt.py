@@ -237,7 +237,7 @@ class Library:
 _thread = threading.local()
 
 
-def library() -> Library:
+def opened() -> Library:
     """This thread's Library on CuPy's current device; BackendError where the machine has none.
 
     Arrays of that device have been made on this thread, so its context is current.
@@ -321,7 +321,7 @@ class Product:
     """
 
     def __init__(self, library: Library, plan: Plan, arrays: Sequence[Array] = ()) -> None:
-        self.plan, self.arrays, self.library = plan, tuple(arrays), library
+        self.plan, self.arrays, self.lib = plan, tuple(arrays), library
         self.candidates: tuple[Candidate, ...] = ()
         self.chosen = 0
         self.reason: str | None = None
@@ -358,13 +358,13 @@ class Product:
             # else there is nothing to run, and nothing to hold
 
     def _make(self, kind: str, *arguments: Any) -> Owned:
-        made = Owned(self.library.dll, kind, *arguments, of=str(self))
+        made = Owned(self.lib.dll, kind, *arguments, of=str(self))
         self._owned.append(made)
         return made
 
     def _ask(self, desc: Owned) -> list[HeuristicResult]:
         """What the heuristic offers; sets `candidates`, or `reason` where it offers nothing."""
-        p, dll, (A, B, D) = self.plan, self.library.dll, self._layouts
+        p, dll, (A, B, D) = self.plan, self.lib.dll, self._layouts
         preference = Owned(dll, "cublasLtMatmulPreference", of=str(self))
         try:
             preference.set(PREF_WORKSPACE, p.workspace_bytes)
@@ -372,7 +372,7 @@ class Product:
                 preference.set(attribute, _alignment(M.address))
             results, count = (HeuristicResult * MOST_CANDIDATES)(), c_int()
             status = dll.cublasLtMatmulAlgoGetHeuristic(
-                self.library.handle.pointer, desc.pointer, A, B, D, D, preference.pointer,
+                self.lib.handle.pointer, desc.pointer, A, B, D, D, preference.pointer,
                 MOST_CANDIDATES, results, ctypes.byref(count),
             )  # fmt: skip
         finally:
@@ -384,7 +384,7 @@ class Product:
         self.candidates = tuple(Candidate(r.workspace, r.waves) for r in offered)
         if not offered:
             why = f": CUBLAS_STATUS_{STATUS[status]}" if status else ""
-            self.reason = f"cuBLASLt {self.library.version} offers no algorithm for {self}{why}"
+            self.reason = f"cuBLASLt {self.lib.version} offers no algorithm for {self}{why}"
         return offered
 
     def __str__(self) -> str:
@@ -416,7 +416,7 @@ class Product:
         algo, found = self._results[index].algo, {}
         for name, (number, kind) in CONFIG.items():
             value, written = kind(), c_size_t()
-            status = self.library.dll.cublasLtMatmulAlgoConfigGetAttribute(
+            status = self.lib.dll.cublasLtMatmulAlgoConfigGetAttribute(
                 ctypes.byref(algo), number, ctypes.addressof(value), ctypes.sizeof(value), ctypes.byref(written)
             )
             if status == SUCCESS:  # older libraries do not know them all

@@ -244,7 +244,7 @@ class Graph(Eager):
         self._plan_of = functools.cache(lambda m: make(shape=dataclasses.replace(shape, m=m)))
         self._library: cublaslt.Library | str | None = None  # or why there is none; None: nobody has asked yet
         self._products: dict[plans.LibraryProduct, cublaslt.Product] = {}
-        self._order: Any = None if self.feed else cp.zeros(2 * n, np.int64)
+        self._order: Any = None if self.feed else cp.zeros(2 * n, np.int64)  # an order may hold more than the data
         self._state = cp.zeros(plans.STATE, np.uint64)
         self._vectors: dict[str, Any] = {
             "data": samples.X.reshape(-1), "targets": samples.T.reshape(-1), "weights": samples.weights,
@@ -260,7 +260,6 @@ class Graph(Eager):
             raise
         self._place_work(self.plan)
         self._graphs: dict[tuple[int, int], Any] = {}
-        self._half = 0
         self.failed: str | None = None
 
     @property
@@ -342,8 +341,7 @@ class Graph(Eager):
         if self.feed:
             self.feed.begin(order, ends)
         else:
-            n = len(order)
-            self.order = self._order[self._half * n : (self._half + 1) * n]
+            self.order = self._order[: len(order)]
             self.order.set(order)
         self.rows, self.ends, self.t, self._done, self._put_off = self._rows, ends, t, 0, 0
         self._rows[: len(lrs)].set(self.ops.host_rows(self.rule, lrs, t))
@@ -353,7 +351,7 @@ class Graph(Eager):
 
     def _go_on_from(self, i: int, unusual: int = 0) -> None:
         """Tell the device that the next step is i."""
-        self._first = 0 if self.feed else self._half * len(self.order) + self.ends[i] - i * self.batch_size
+        self._first = 0 if self.feed else self.ends[i] - i * self.batch_size
         self._state.set(np.array([i, unusual, self._first, self.t], np.int64).view(np.uint64))
 
     def _point_at(self, i: int) -> None:

@@ -34,9 +34,7 @@ THREADS, MOST_BLOCKS, MOST_PARTS, CHUNK, FILLED = 256, 1024, 256, 256, 128  # of
 
 
 class Wide(NamedTuple):
-    """From which width of a layer, the smaller one of both sides, number of samples, and their product on its products
-    are wide.
-    """
+    """From where on products are wide: the layer's smaller side, the samples, and the two multiplied."""
 
     width: int
     samples: int
@@ -701,7 +699,7 @@ class Plan:
 
 
 def arithmetic_of(precision: str, device: Device) -> str:
-    """The arithmetic of products.cuh that a precision is computed in."""
+    """The arithmetic of product.cuh that a precision is computed in."""
     if precision == "float64" or device.arch < 80:
         return "ffma"
     return {"float32": "tf32x2"}.get(precision, precision)

@@ -92,7 +92,7 @@ class Card:
         self.xp = cupy
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self.workspace = self.at_boundary((WORKSPACE_BYTES,), np.dtype(np.uint8), 256)
-        self.library: Library = cublaslt.library()
+        self.lib: Library = cublaslt.opened()
         self.driver: Any = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
     def to_device(self, a: np.ndarray) -> Any:
@@ -252,7 +252,7 @@ def problems(card: Any, m: int, K: int, N: int, precision: str, boundary: int = 
         exact = z if bias is None else z + bias
         yield Problem(
             "forward", extras,
-            functools.partial(cublaslt.forward, card.library, W, A, Z, bias, relu, mask, **arguments),
+            functools.partial(cublaslt.forward, card.lib, W, A, Z, bias, relu, mask, **arguments),
             {"Z": (Z, xp.maximum(exact, 0) if relu else exact)},
             None if mask is None else (mask, exact),
             None if extras else plain(A, W.T, Z),
@@ -265,7 +265,7 @@ def problems(card: Any, m: int, K: int, N: int, precision: str, boundary: int = 
         written = {"out": (out, exact)} | ({} if db is None else {"db": (db, exact.sum(axis=0))})
         yield Problem(
             "hidden_delta", extras,
-            functools.partial(cublaslt.hidden_delta, card.library, W, Delta, out, mask, db, **arguments),
+            functools.partial(cublaslt.hidden_delta, card.lib, W, Delta, out, mask, db, **arguments),
             written, None, None if extras else plain(Delta, W, out),
         )  # fmt: skip
     g = delta.T @ a
@@ -274,7 +274,7 @@ def problems(card: Any, m: int, K: int, N: int, precision: str, boundary: int = 
         written = {"dW": (dW, g)} | ({} if db is None else {"db": (db, delta.sum(axis=0))})
         yield Problem(
             "weight_gradient", extras,
-            functools.partial(cublaslt.weight_gradient, card.library, Delta, A, dW, db, **arguments),
+            functools.partial(cublaslt.weight_gradient, card.lib, Delta, A, dW, db, **arguments),
             written, None, None if extras else plain(Delta.T, A, dW),
         )  # fmt: skip
 
@@ -333,7 +333,7 @@ def probe(emit: Emit, card: Any = None, shapes: Any = SHAPES, precisions: Any = 
     `card`: what runs them, None: CuPy's current device. BackendError where there is no cuBLASLt.
     """
     card = Card() if card is None else card
-    emit({"what": "cublaslt version", "version": card.library.version})
+    emit({"what": "cublaslt version", "version": card.lib.version})
     fine = True
     for shape in shapes:
         boundaries = (256, *OFF_BOUNDARY[1]) if shape == OFF_BOUNDARY[0] else (256,)

@@ -1,13 +1,13 @@
 // The table of optimizers: one step of each rule on one element, from its theta, gradient g and slots s to the next,
-// with the names and formulas of backprop_gpu/optimizers.py. A rule is read from the step's row of numbers, in device
-// memory or a copy: the coefficients of the step first, then the settings, in the order that cuda_ops.py writes them.
+// with the names and formulas of backprop_gpu/optimizers.py. A rule is read from the step's row of numbers in device
+// memory: the coefficients of the step first, then the settings, in the order that cuda_ops.py writes them.
 #pragma once
 #include "common.cuh"
 
 struct rule_sgd {  // s[0]: v
     real lr, momentum, decay;
     bool nesterov;
-    template <class N> __device__ rule_sgd(const N* c) : lr(c[0]), momentum(c[1]), decay(c[2]), nesterov(c[3] != 0) {}
+    __device__ rule_sgd(const double* c) : lr(c[0]), momentum(c[1]), decay(c[2]), nesterov(c[3] != 0) {}
     __device__ real operator()(real theta, real g, real* s) const {
         g += decay * theta;
         if (momentum != 0) {
@@ -20,7 +20,7 @@ struct rule_sgd {  // s[0]: v
 
 struct rule_adagrad {  // s[0]: G
     real rate, decay, eps;
-    template <class N> __device__ rule_adagrad(const N* c) : rate(c[0]), decay(c[1]), eps(c[2]) {}
+    __device__ rule_adagrad(const double* c) : rate(c[0]), decay(c[1]), eps(c[2]) {}
     __device__ real operator()(real theta, real g, real* s) const {
         g += decay * theta;
         s[0] += g * g;
@@ -31,7 +31,7 @@ struct rule_adagrad {  // s[0]: G
 struct rule_rmsprop {  // s[0]: v; s[1]: a, where centered; s[2]: b, where there is momentum
     real lr, alpha, rest, eps, decay, momentum;
     bool centered;
-    template <class N> __device__ rule_rmsprop(const N* c)
+    __device__ rule_rmsprop(const double* c)
         : lr(c[0]), alpha(c[1]), rest(c[2]), eps(c[3]), decay(c[4]), momentum(c[5]), centered(c[6] != 0) {}
     __device__ real operator()(real theta, real g, real* s) const {
         g += decay * theta;
@@ -50,7 +50,7 @@ struct rule_rmsprop {  // s[0]: v; s[1]: a, where centered; s[2]: b, where there
 
 struct rule_adadelta {  // s[0]: v; s[1]: D
     real lr, rho, rest, eps, decay;
-    template <class N> __device__ rule_adadelta(const N* c) : lr(c[0]), rho(c[1]), rest(c[2]), eps(c[3]), decay(c[4]) {}
+    __device__ rule_adadelta(const double* c) : lr(c[0]), rho(c[1]), rest(c[2]), eps(c[3]), decay(c[4]) {}
     __device__ real operator()(real theta, real g, real* s) const {
         g += decay * theta;
         s[0] = rho * s[0] + rest * (g * g);
@@ -63,7 +63,7 @@ struct rule_adadelta {  // s[0]: v; s[1]: D
 struct rule_adam {  // s[0]: m; s[1]: v; s[2]: the largest v, with amsgrad. AdamW is `decoupled`
     real keep, rate, eps, rest1, beta2, rest2, decay;
     bool decoupled, amsgrad;
-    template <class N> __device__ rule_adam(const N* c)
+    __device__ rule_adam(const double* c)
         : keep(c[0]), rate(c[1]), eps(c[2]), rest1(c[3]), beta2(c[4]), rest2(c[5]), decay(c[6]), decoupled(c[7] != 0),
           amsgrad(c[8] != 0) {}
     __device__ real operator()(real theta, real g, real* s) const {
@@ -81,7 +81,7 @@ struct rule_adam {  // s[0]: m; s[1]: v; s[2]: the largest v, with amsgrad. Adam
 
 struct rule_nadam {  // s[0]: m; s[1]: v
     real of_m, of_g, rate, eps, rest1, beta2, rest2, decay;
-    template <class N> __device__ rule_nadam(const N* c)
+    __device__ rule_nadam(const double* c)
         : of_m(c[0]), of_g(c[1]), rate(c[2]), eps(c[3]), rest1(c[4]), beta2(c[5]), rest2(c[6]), decay(c[7]) {}
     __device__ real operator()(real theta, real g, real* s) const {
         g += decay * theta;
@@ -93,7 +93,7 @@ struct rule_nadam {  // s[0]: m; s[1]: v
 
 struct rule_lion {  // s[0]: m
     real keep, lr, beta1, rest1, beta2, rest2;
-    template <class N> __device__ rule_lion(const N* c)
+    __device__ rule_lion(const double* c)
         : keep(c[0]), lr(c[1]), beta1(c[2]), rest1(c[3]), beta2(c[4]), rest2(c[5]) {}
     __device__ real operator()(real theta, real g, real* s) const {
         const real step = lr * sign(beta1 * s[0] + rest1 * g);

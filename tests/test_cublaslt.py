@@ -726,12 +726,12 @@ def test_one_library_a_thread_and_device(fake, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(cublaslt, "load", lambda: fake)
     monkeypatch.setattr(cublaslt, "_thread", threading.local())
-    first = cublaslt.library()
-    assert cublaslt.library() is first
+    first = cublaslt.opened()
+    assert cublaslt.opened() is first
     device = 1
-    second = cublaslt.library()
+    second = cublaslt.opened()
     found = []
-    thread = threading.Thread(target=lambda: found.append(cublaslt.library()))
+    thread = threading.Thread(target=lambda: found.append(cublaslt.opened()))
     thread.start()
     thread.join()
     assert len({id(x) for x in (first, second, *found)}) == 3
@@ -760,7 +760,7 @@ class Host:
     xp, stream = np, types.SimpleNamespace(ptr=9)
 
     def __init__(self, fake, probe):
-        self.fake, self.probe, self.library = fake, probe, cublaslt.Library(fake, host_address)
+        self.fake, self.probe, self.lib = fake, probe, cublaslt.Library(fake, host_address)
         self.workspace = self.at_boundary((8 << 20,), np.dtype(np.uint8), 256)
 
     def to_device(self, a):
@@ -790,7 +790,7 @@ class Host:
 def probed(probe, fake, shapes, precisions=tuple(cublaslt.PRECISIONS)):
     host, results = Host(fake, probe), []
     fine = probe.probe(results.append, host, shapes, precisions)
-    host.library.close()
+    host.lib.close()
     json.dumps(results)
     return fine, results
 
