@@ -490,9 +490,9 @@ def mask_shape(m: int, N: int) -> tuple[int, int]:
 
 def forward(
     library: Library, W: Array, A: Array, Z: Array, b: Array | None = None, relu: bool = False,
-    mask: Array | None = None, *, precision: str | None = None, workspace: Array | None = None,
+    mask: Array | None = None, *, alpha: float = 1.0, precision: str | None = None, workspace: Array | None = None,
 ) -> Product:  # fmt: skip
-    """Z (m, N) = A W^T + b, W (N, K), A (m, K), b (N,) or None; with `relu` Z = max(Z, 0), and where Z > 0 in `mask`.
+    """Z (m, N) = alpha A W^T + b, W (N, K), A (m, K), b (N,) or None; with `relu` max(Z, 0), and where Z > 0 in `mask`.
 
     `mask`: see `mask_shape`. `precision`: a key of PRECISIONS, None: that of the operands' dtype. `workspace`: uint8
     on the device, its size the limit. Other shapes or dtypes are a ValueError or TypeError. Of a NaN
@@ -508,7 +508,7 @@ def forward(
         A=_matrix(library, "W", W, (N, K), how.operand), transA=OP_T,
         B=_matrix(library, "A", A, (m, K), how.operand), transB=OP_N,
         D=_matrix(library, "Z", Z, (m, N), how.result),
-        epilogue=epilogue or "DEFAULT", bias=_vector(library, "b", b, N, how),
+        epilogue=epilogue or "DEFAULT", bias=_vector(library, "b", b, N, how), alpha=alpha,
         **_mask(library, mask, m, N), **_space(library, workspace),
     )  # fmt: skip
     return Product(library, plan, (W, A, Z, b, mask, workspace))

@@ -249,13 +249,15 @@ def _strips(m: int, n: int, dtype: np.dtype[Any]) -> _Strips:
     return _Strips((min(-(-n // (32 * width if wide else 32)), MOST_BLOCKS), chunks), chunk_rows, wide)
 
 
-def _in_strips(kernel: _Kernel, M: Array, db: Array | None, *before: Array | None) -> None:
+def _in_strips(
+    kernel: _Kernel, M: Array, db: Array | None, before: Sequence[Any] = (), after: Sequence[Any] = ()
+) -> None:
     """Launch a kernel that sums M (m, n), or what it makes of M, down the columns, into db if there is one."""
     m, n = M.shape
     cut = _strips(m, n, M.dtype)
     chunks = cut.grid[1]
     partial = db if db is None or chunks == 1 else scratch("partial sums", (chunks, n), M.dtype)
-    launch(kernel, cut.grid, _STRIP, *before, M, partial, m, n, cut.chunk_rows, cut.wide)
+    launch(kernel, cut.grid, _STRIP, *before, M, partial, m, n, cut.chunk_rows, cut.wide, *after)
     if db is not None and chunks > 1:
         kernel = kernel_of("column_sums.cu", "column_sums", M.dtype)
         launch(kernel, (cut.grid[0], 1), _STRIP, partial, db, chunks, n, chunks, cut.wide)
@@ -281,7 +283,7 @@ def hidden_delta(
     if cuda_source.is_compiled(f):
         if f.derivative is not None or mask is not None:
             kernel = kernel_of("hidden_delta.cu", "hidden_delta", out.dtype, **cuda_source.activation(f))
-            _in_strips(kernel, out, db, K, mask)
+            _in_strips(kernel, out, db, (K, mask), (None, 0))
             return
     elif f.derivative is not None:
         D = scratch("derivative", out.shape, out.dtype)
@@ -421,8 +423,12 @@ def update_step(
     diverged: Array | None,
     state: Array | None = None,
     ahead: int = 0,
+    copies: tuple[Array, Array] | None = None,
 ) -> None:
-    """`update`, or with a `state` of kernels/step.cuh the step that it says, `rows` and `measured` then all of them."""
+    """`update`, or with a `state` of kernels/step.cuh the step that it says, `rows` and `measured` then all of them.
+
+    `copies`: the table of update.cu (layers, 5), int64, and the vector, uint16, of the weights rounded to bf16.
+    """
     s = placed(rule, slots)
     _same_shape(theta.shape, gradient, *s)
     n, define = theta.size, {"RULE": rule_name(rule)}
@@ -434,7 +440,11 @@ def update_step(
     launch(kernel, parts, (THREADS,), theta, gradient, *s, rows, *where, diverged, norm2, stop, n)
     kernel = kernel_of("update.cu", "update", theta.dtype, **define)
     grid = _blocks(n, theta.dtype, MOST_BLOCKS)
-    launch(kernel, grid, (THREADS,), theta, gradient, *s, rows, *where, measured, norm2, stop, *parts, diverged, n)
+    table, rounded = copies or (None, None)
+    launch(
+        kernel, grid, (THREADS,), theta, gradient, *s, rows, *where, measured, norm2, stop, *parts, diverged,
+        table, 0 if table is None else len(table), rounded, n,
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------- functions of one's own, and those in plain CuPy

@@ -16,6 +16,7 @@ _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.M)
 _KERNEL = re.compile(r'extern "C" __global__ (?:__launch_bounds__\([^()]*\) )?void (\w+)\(([^)]*)\)')
 _TYPES = {
     "unsigned char": np.uint8,
+    "unsigned short": np.uint16,
     "int": np.int32,
     "unsigned": np.uint32,
     "long long": np.int64,
@@ -63,7 +64,7 @@ def text(name: str, **defines: str) -> str:
 def signatures(source: str) -> dict[str, tuple[Parameter, ...]]:
     """The parameters of each kernel in a text from `text`."""
     types = dict(_TYPES)
-    for name, macro in (("real", "REAL"), ("SOURCE", "SOURCE")):
+    for name, macro in (("real", "REAL"), ("SOURCE", "SOURCE"), ("TARGET", "TARGET")):
         if chosen := re.search(rf"^#define {macro} ([\w ]+)$", source, re.M):
             types[name] = types[chosen[1]]
     return {name: tuple(_parameter(p, types) for p in listed.split(",")) for name, listed in _KERNEL.findall(source)}

@@ -12,7 +12,7 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -218,6 +218,7 @@ class Graph(Eager):
 
     sizes = (64, 16, 1)
     timed = 1  # of cuBLASLt's algorithms, to choose from; with more than one the bits are a matter of luck
+    forked = False  # whether cuBLASLt makes dW on a branch of the graph, beside the Delta below; to be measured
 
     def __init__(
         self, problem: Problem, rule: Optimizer, batch_size: int, seed: int, steps: int, stored: bool = False
@@ -286,7 +287,9 @@ class Graph(Eager):
         """Its workspace, which is that of all sizes of batches."""
         if "work" not in self._vectors:
             net = self.problem.net
-            self._vectors["work"] = net.backend.xp.zeros(plan.workspace.size, net.dtype)
+            size = plan.workspace.size
+            whole = net.backend.xp.zeros(size + -(-2 * plan.rounded.size // net.dtype.itemsize), net.dtype)
+            self._vectors |= {"work": whole[:size], "rounded": whole[size:].view(np.uint16)}
 
     def _offers(self, plan: plans.Plan, wanted: plans.LibraryProduct) -> str | None:
         """Bind a product of the plan and run it once, on whatever there is; else why cuBLASLt does not make it."""
@@ -316,8 +319,12 @@ class Graph(Eager):
         return product.reason
 
     @functools.cached_property
+    def _spaces(self) -> tuple[Array, Array]:
+        """What cuBLASLt may work in, in the main stream and on a branch."""
+        whole = self._space()
+        return whole, self._space() if self.forked else whole
+
     def _space(self) -> Array:
-        """What cuBLASLt may work in."""
         most, boundary = cublaslt.WORKSPACE_BYTES, cublaslt.ALIGNMENT
         raw = self.problem.net.backend.xp.empty(most + boundary, np.uint8)
         start = -raw.data.ptr % boundary
@@ -325,16 +332,17 @@ class Graph(Eager):
 
     def _bind(self, library: cublaslt.Library, wanted: plans.LibraryProduct) -> cublaslt.Product:
         def view(of: plans.Matrix) -> Array:
-            return _found(self._vectors, of.place).reshape(of.rows, of.columns)
+            return _found(self._vectors, of.place).reshape(of.rows, of.stride)[:, : of.columns]
 
         a, b, out = map(view, wanted.arrays)
         vector = _found(self._vectors, wanted.vector)
-        how: dict[str, Any] = {"precision": wanted.precision, "workspace": self._space}
+        space = self._spaces[wanted.name == "weight_gradient"]
+        how: dict[str, Any] = {"precision": wanted.precision, "workspace": space}
         if wanted.name == "forward":
-            return cublaslt.forward(library, a, b, out, vector, "RELU" in wanted.epilogue, **how)
+            return cublaslt.forward(library, a, b, out, vector, "RELU" in wanted.epilogue, alpha=wanted.alpha, **how)
         if wanted.name == "hidden_delta":
             return cublaslt.hidden_delta(library, a, b, out, **how)
-        return cublaslt.weight_gradient(library, a, b, out, vector, **how)
+        return cublaslt.weight_gradient(library, a, b, out, vector, wanted.alpha, **how)
 
     def begin(self, order: np.ndarray, ends: Sequence[int], lrs: Sequence[float], t: int) -> None:
         """As `Eager.begin`, into buffers that stay where they are."""
@@ -442,47 +450,79 @@ class Graph(Eager):
 
     @functools.cached_property
     def _launches(self) -> Any:
-        """For a number of samples: the products of its plan, and its kernels, each with the arguments that stay."""
+        """A step of a number of samples, ready to be launched."""
         return functools.cache(self._bound)
 
-    def _bound(self, m: int) -> list[Any]:
+    def _bound(self, m: int) -> _Step:
         plan, cp = self._plan_of(m), self.problem.net.backend.xp
         vectors = {**self._vectors, "layers": cp.asarray(plan.table.reshape(-1))}
-        launches: list[Any] = []
+        step = _Step([self._kernel(o, vectors, False) for o in plan.prologue], [])
         for o in plan.operations:
-            if isinstance(o, plans.LibraryProduct):
-                launches.append(self._products[o])
-                continue
-            kernel = self.ops.kernel_of(o.file, o.kernel, self.problem.net.dtype, **dict(o.defines))
-            given = [_found(vectors, a) for a in o.arguments]
-            at = o.arguments.index(plans.AHEAD) if plans.AHEAD in o.arguments else None
-            if o.shared > 32 << 10:  # with its static memory it may pass the 48 KiB that it has unasked
-                kernel.function.max_dynamic_shared_size_bytes = o.shared
-            early = plan.early and o.kernel in plans.WAITING
-            arguments = self.ops.arguments(kernel, given)
-            launches.append((kernel.function, o.grid, o.block, arguments, at, o.shared, early))
-        return launches
+            if isinstance(o, plans.Operation):
+                step.launches.append(self._kernel(o, vectors, plan.early and o.kernel in plans.WAITING))
+            elif self.forked and o.name == "weight_gradient":
+                step.joined = step.joined or cp.cuda.Event(disable_timing=True)
+                step.launches.append(self._on_a_branch(self._products[o], step.joined))
+            else:
+                step.launches.append(self._product(self._products[o]))
+        if len(plan.copies):
+            step.copies = cp.asarray(plan.copies), vectors["rounded"]
+        return step
 
-    def _enqueue(self, m: int, ahead: int) -> None:
-        """One step of m samples, the ahead-th of its recording."""
-        stream = self.problem.net.backend.xp.cuda.get_current_stream().ptr
-        for launch in self._launches(m):
-            if isinstance(launch, cublaslt.Product):
-                launch.run(stream)
-                continue
-            function, grid, block, arguments, at, shared, early = launch
+    def _kernel(self, o: plans.Operation, vectors: dict[str, Any], early: bool) -> _Launch:
+        """A kernel with the arguments that stay."""
+        stream_of = self.problem.net.backend.xp.cuda.get_current_stream
+        kernel = self.ops.kernel_of(o.file, o.kernel, self.problem.net.dtype, **dict(o.defines))
+        arguments = self.ops.arguments(kernel, [_found(vectors, a) for a in o.arguments])
+        at = o.arguments.index(plans.AHEAD) if plans.AHEAD in o.arguments else None
+        if o.shared > 32 << 10:  # with its static memory it may pass the 48 KiB that it has unasked
+            kernel.function.max_dynamic_shared_size_bytes = o.shared
+
+        def launch(ahead: int) -> None:
             if at is not None:
                 arguments[at] = np.int32(ahead)
             if early:
-                driver.launch_early(function, grid, block, arguments, shared, stream)
+                driver.launch_early(kernel.function, o.grid, o.block, arguments, o.shared, stream_of().ptr)
             else:
-                function(grid, block, tuple(arguments), shared_mem=shared)
+                kernel.function(o.grid, o.block, tuple(arguments), shared_mem=o.shared)
+
+        return launch
+
+    def _product(self, product: cublaslt.Product) -> _Launch:
+        stream_of = self.problem.net.backend.xp.cuda.get_current_stream
+        return lambda ahead: product.run(stream_of().ptr)
+
+    def _on_a_branch(self, product: cublaslt.Product, joined: Any) -> _Launch:
+        """A product that comes after all that was launched before it, and before what waits for `joined`."""
+        cuda, branch = self.problem.net.backend.xp.cuda, self._branch
+        forks = cuda.Event(disable_timing=True)
+
+        def launch(ahead: int) -> None:
+            forks.record(cuda.get_current_stream())
+            branch.wait_event(forks)
+            product.run(branch.ptr)
+            joined.record(branch)
+
+        return launch
+
+    @functools.cached_property
+    def _branch(self) -> Any:
+        return self.problem.net.backend.xp.cuda.Stream(non_blocking=True)
+
+    def _enqueue(self, m: int, ahead: int) -> None:
+        """One step of m samples, the ahead-th of its recording."""
+        step = self._launches(m)
+        for launch in (*(step.prologue if ahead == 0 else ()), *step.launches):
+            launch(ahead)
+        if step.joined:
+            self.problem.net.backend.xp.cuda.get_current_stream().wait_event(step.joined)
         if self._plan_of(m).rule is None:
             if regularization := self.problem.regularization:
                 self.ops.regularize(regularization, self.theta, self.is_weight, self.g)
             self.ops.update_step(
-                self.rule, self.theta, self.g, self.slots, self._rows, self.measured, None, self._state, ahead
-            )
+                self.rule, self.theta, self.g, self.slots, self._rows, self.measured, None, self._state, ahead,
+                step.copies,
+            )  # fmt: skip
 
     def _advance(self, steps: int, fewer: int) -> None:
         self._shift(steps, steps * fewer)
@@ -508,6 +548,20 @@ class Graph(Eager):
 
 
 MANY = 8  # steps put off in an epoch, from which on it runs eagerly
+_Launch = Callable[[int], None]  # of the step of that number in its recording
+
+
+@dataclasses.dataclass
+class _Step:
+    """What a step launches; before the first one of a recording the prologue.
+
+    `joined`: the event that ends what runs on a branch. `copies`: of the weights, for the update (see `update_step`).
+    """
+
+    prologue: list[_Launch]
+    launches: list[_Launch]
+    joined: Any = None
+    copies: tuple[Array, Array] | None = None
 
 
 def _refuse(size: int) -> Any:

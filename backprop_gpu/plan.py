@@ -9,7 +9,7 @@ arithmetic and device; nothing here touches a GPU. `executors.Graph` runs the pl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,8 +28,10 @@ HUGE = 1e12  # a gradient below it leads to no infinity, at these learning rates
 MOST_LR = 16.0
 ORDINARY = 1e4  # |Z| and |A| of hidden layers beyond it are looked at with care
 STATE, STEP, UNUSUAL, FIRST, T = 4, 0, 1, 2, 3  # as in step.cuh
+COPY_LINE = 8  # numbers: rows of operands in bf16 are padded to a multiple of 16 bytes, as cuBLASLt likes them
 WAITING = ("forward", "head", "delta", "gradients")  # kernels that wait by themselves for the one before
 LAYER = 10  # numbers a layer in the table of gradients.cu
+COPY = 5  # likewise in that of update.cu
 THREADS, MOST_BLOCKS, MOST_PARTS, CHUNK, FILLED = 256, 1024, 256, 256, 128  # of elementwise kernels, as in cuda_ops
 
 
@@ -42,7 +44,11 @@ class Wide(NamedTuple):
 
 
 # Where cuBLASLt wins on an H100. In float32 it multiplies and adds; kernels of two-term TF32 are quicker up to there.
-WIDE: dict[str, Wide] = {"float32": Wide(512, 1024, 1 << 20), "tf32": Wide(512, 1024), "float64": Wide(512, 1024)}
+# In bf16 it wants operands rounded for it, which takes kernels of its own; from where on that pays is not yet measured.
+WIDE: dict[str, Wide] = {
+    "float32": Wide(512, 1024, 1 << 20), "tf32": Wide(512, 1024), "bf16": Wide(512, 1024, 1 << 20),
+    "float64": Wide(512, 1024),
+}  # fmt: skip
 
 
 class Device(NamedTuple):
@@ -125,11 +131,12 @@ class Operation:
 
 
 class Matrix(NamedTuple):
-    """A row-major array, one row right after the other."""
+    """A row-major array, its rows `stride` numbers apart."""
 
     place: Place
     rows: int
     columns: int
+    stride: int
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,7 @@ class LibraryProduct:
     """A product of cuBLASLt: the function of that name in `cublaslt`, on these three arrays and a vector.
 
     `epilogue`: what it is asked to do besides, as cublasLt.h calls it; `vector` is the bias that it adds or sums.
+    `alpha`: a factor of the product.
     """
 
     equation: str
@@ -148,6 +156,7 @@ class LibraryProduct:
     precision: str
     flop: float
     bytes: float
+    alpha: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -176,14 +185,15 @@ class Shape:
 
 @dataclass
 class Workspace:
-    """One vector, cut into parts."""
+    """A vector of the executor's, cut into parts."""
 
+    vector: str
     size: int = 0
     places: dict[tuple[str, int], Place] = field(default_factory=dict)
 
     def take(self, name: str, l: int, size: int) -> None:
         """A part for array `name` of layer l."""
-        self.places[name, l] = Place("work", self.size, size)
+        self.places[name, l] = Place(self.vector, self.size, size)
         self.size += -(-size // LINE) * LINE
 
 
@@ -194,6 +204,9 @@ class Plan:
     of the three that a rule may have, whether it has it; `row_size`: numbers in a step's row. `library`, given the plan
     once its workspace is laid out, and a product, says why cuBLASLt does not make it, None if it does; the plan asks
     for wide products. Where it gets one, its `rule` is None whatever was given. `notes`: products that it did not get.
+
+    In bf16 the library reads A, W and Delta rounded, from the vector "rounded", laid out by `rounded`. The `prologue`
+    rounds W, before the first step of a recording; then each update does, by the table `copies` (update.cu).
     """
 
     def __init__(
@@ -222,11 +235,13 @@ class Plan:
         self._check()
         self.precision = precision_of(arithmetic, self.real)
         self._library, self._refused = library, dict[str, list[str]]()
-        self.workspace = self._laid_out()
-        self.products = {(p.name, p.layer): p for p in self._asked()}
+        self.workspace, self.rounded = self._laid_out(), self._laid_out_rounded()
+        self.products = self._asked()
         if self.products:
             self.rule = None
         self.table, self.tiles, self._tile = self._tiled()
+        self.copies = self._copies()
+        self.prologue = [self._round("W", l) for l in range(1, net.L + 1) if self._operand("W", l)]
         self.operations: list[Operation | LibraryProduct] = list(self._operations())
         # Kernels start before the one before has ended, where that takes no room from it: measured on an H100.
         blocks = [math.prod(o.grid) for o in self.operations if isinstance(o, Operation)]
@@ -253,7 +268,7 @@ class Plan:
         return self.shape.task == 1 and not self.net.g.increasing
 
     def _laid_out(self) -> Workspace:
-        net, work, m = self.net, Workspace(), self.shape.batch
+        net, work, m = self.net, Workspace("work"), self.shape.batch
         for l in range(1, net.L):
             size = m * self.strides[l]
             work.take("A", l, size)
@@ -267,12 +282,45 @@ class Plan:
         work.take("Delta", net.L, m * self.strides[-1])
         for name in ("C", "right", "w", "part"):
             work.take(name, net.L, m)
-        if self._is_wide(1, m):
+        if self._is_wide(1, m) and self.precision != "bf16":
             work.take("A", 0, m * net.layers[0])
         if wide := [l for l in range(1, net.L + 1) if self._is_wide(l, m)]:
             most = max(max(net.layers[l], net.layers[l - 1]) for l in wide)
             work.take("sums", 0, min(-(-m // CHUNK), MOST_PARTS) * most)
         return work
+
+    def _laid_out_rounded(self) -> Workspace:
+        """What products in bf16 read."""
+        net, copies, m = self.net, Workspace("rounded"), self.shape.batch
+        for l in range(1, net.L + 1):
+            if self.precision == "bf16" and self._is_wide(l, m):
+                for name, of, rows in (("A", l - 1, m), ("W", l, net.layers[l]), ("Delta", l, m)):
+                    copies.take(name, of, rows * self._row(name, of)[1])
+        return copies
+
+    def _row(self, name: str, l: int) -> tuple[int, int]:
+        """The length of a row of A[l], W[l] or Delta[l], and of its copy's."""
+        n = self.net.layers[l - 1 if name == "W" else l]
+        return n, -(-n // COPY_LINE) * COPY_LINE
+
+    def _operand(self, name: str, l: int) -> Place | None:
+        """The copy of A[l], W[l] or Delta[l], where a product reads it."""
+        readers = {
+            "A": (("forward", l + 1), ("weight_gradient", l + 1)), "W": (("forward", l), ("hidden_delta", l - 1)),
+            "Delta": (("hidden_delta", l - 1), ("weight_gradient", l)),
+        }[name]  # fmt: skip
+        if self.precision == "bf16" and any(reader in self.products for reader in readers):
+            return self.rounded.places[name, l]
+        return None
+
+    def _copies(self) -> np.ndarray:
+        """The table of update.cu."""
+        rows = []
+        for l in range(self.frozen + 1, self.net.L + 1):
+            if copy := self._operand("W", l):
+                W, (k, padded) = self._weight(l)[0], self._row("W", l)
+                rows.append((W.start - self.start, W.size, k, copy.start, padded))
+        return np.array(rows, np.int64).reshape(-1, COPY)
 
     def _at(self, name: str, l: int) -> Place:
         """An array of layer l. F is A where there is no dropout, Z is F where it is not needed."""
@@ -325,37 +373,46 @@ class Plan:
             and m * min(n, k) >= limit.outputs
         )  # fmt: skip
 
-    def _asked(self) -> Iterator[LibraryProduct]:
-        """The products that cuBLASLt makes."""
-        L, trained, m = self.net.L, range(self.frozen + 1, self.net.L + 1), self.shape.m
-        deltas = set()  # whose db comes with Delta[l]
-        for l in range(1, L + 1):
-            if self._is_wide(l, m) and not (l == L and self.head_makes_product):
-                yield from self._first_offered(self._forwards(l))
-        for l in self._deltas():
-            if self._is_wide(l + 1, m):
-                for product in self._first_offered([self._product_of("hidden_delta", l, "DEFAULT", None)]):
-                    deltas.add(l)
-                    yield product
-        for l in trained:
-            if self._is_wide(l, m):
-                b = self.places[l - 1][1]
-                db = None if b is None or l in deltas else Place("gradient", b - self.start, self.net.layers[l])
-                ways = [("BGRADB", db), ("DEFAULT", None)] if db else [("DEFAULT", None)]
-                yield from self._first_offered([self._product_of("weight_gradient", l, *way) for way in ways])
+    def _asked(self) -> dict[tuple[str, int], LibraryProduct]:
+        """The products that cuBLASLt makes, by name and layer. In bf16 all of a layer's, or none."""
+        products: dict[tuple[str, int], LibraryProduct] = {}
+        for l in range(self.net.L, 0, -1):  # whose db comes with Delta[l] is known before dW[l] is asked for
+            if self._is_wide(l, self.shape.m):
+                offered = [self._first_offered(ways) for ways in self._ways(l, products)]
+                if self.precision != "bf16" or None not in offered:
+                    products |= {(p.name, p.layer): p for p in offered if p}
+        return products
 
-    def _first_offered(self, ways: Sequence[LibraryProduct]) -> Iterator[LibraryProduct]:
+    def _ways(self, l: int, products: Container[tuple[str, int]]) -> Iterator[list[LibraryProduct]]:
+        """Of each product of layer l the ways to make it, the one with the most in its epilogue first."""
+        if not (l == self.net.L and self.head_makes_product):
+            yield self._forwards(l)
+        if l - 1 in self._deltas():
+            yield [self._product_of("hidden_delta", l - 1, "DEFAULT", None)]
+        if l > self.frozen:
+            ways: list[tuple[str, Place | None]] = [("DEFAULT", None)]
+            b = self.places[l - 1][1]
+            if b is not None and ("hidden_delta", l) not in products and self._alpha("weight_gradient", l) == 1:
+                ways.insert(0, ("BGRADB", Place("gradient", b - self.start, self.net.layers[l])))
+            yield [self._product_of("weight_gradient", l, *way) for way in ways]
+
+    def _first_offered(self, ways: Sequence[LibraryProduct]) -> LibraryProduct | None:
         """The first of several ways to make a product that the library offers, if there is one."""
         assert self._library is not None
         for product in ways:
             if (reason := self._library(self, product)) is None:
-                yield product
-                return
+                return product
             told = f"{product.name} of layer {product.layer} ({product.epilogue})"
             self._refused.setdefault(reason, []).append(told)
+        return None
+
+    def _alpha(self, name: str, l: int) -> float:
+        """Bytes are exact in bf16, so it is the product that takes the 255th part."""
+        of_bytes = name in ("forward", "weight_gradient") and l == 1 and self.shape.data == "bytes"
+        return 1 / 255 if of_bytes and self.precision == "bf16" else 1.0
 
     def _forwards(self, l: int) -> list[LibraryProduct]:
-        """The ways to make Z[l] or A[l], the one with the most in its epilogue first."""
+        """The ways to make Z[l] or A[l]."""
         net, b = self.net, self._weight(l)[1]
         f = IDENTITY if l == net.L else net.f[l]
         in_place = l == net.L or self._at("Z", l) == self._at("F", l)
@@ -371,26 +428,37 @@ class Plan:
         net, m = self.net, self.shape.m
         above = l + 1 if name == "hidden_delta" else l  # whose W it is
         n, k = net.layers[above], net.layers[above - 1]
-        W = Matrix(self._weight(above)[0], n, k)
+        in_bf16 = self.precision == "bf16"
 
-        def rows(array: str, of: int) -> Matrix:
-            return Matrix(Place("work", self._at(array, of).start, m * net.layers[of]), m, net.layers[of])
+        def operand(array: str, of: int, rows: int) -> Matrix:
+            width, padded = self._row(array, of)
+            if in_bf16:
+                copy = self.rounded.places[array, of]
+                return Matrix(Place("rounded", copy.start, rows * padded), rows, width, padded)
+            return Matrix(self._weight(of)[0], rows, width, width) if array == "W" else result(array, of)
+
+        def result(array: str, of: int) -> Matrix:
+            width = net.layers[of]
+            return Matrix(Place("work", self._at(array, of).start, m * width), m, width, width)
 
         if name == "forward":
-            what, arrays = f"Z[{l}] = W[{l}] A[{l - 1}]", (W, rows("A", l - 1), rows("Z", l))
+            what, arrays = f"Z[{l}] = W[{l}] A[{l - 1}]", (operand("W", l, n), operand("A", l - 1, m), result("Z", l))
             if vector:
                 what += f" + b[{l}]"
             if "RELU" in epilogue:
                 what += f", A[{l}] = relu(Z[{l}])"
         elif name == "hidden_delta":
-            what, arrays = f"W[{above}]^T Delta[{above}]", (W, rows("Delta", above), rows("Delta", l))
+            what = f"W[{above}]^T Delta[{above}]"
+            arrays = operand("W", above, n), operand("Delta", above, m), result("Delta", l)
         else:
-            dW = Matrix(Place("gradient", W.place.start - self.start, n * k), n, k)
-            what, arrays = f"dW[{l}] = Delta[{l}] A[{l - 1}]^T", (rows("Delta", l), rows("A", l - 1), dW)
+            dW = Matrix(Place("gradient", self._weight(l)[0].start - self.start, n * k), n, k, k)
+            what, arrays = f"dW[{l}] = Delta[{l}] A[{l - 1}]^T", (operand("Delta", l, m), operand("A", l - 1, m), dW)
             if vector:
                 what += f", db[{l}]"
+        sizes = [of.rows * of.columns for of in arrays]
+        traffic = (2 if in_bf16 else self.item) * sum(sizes[:2]) + self.item * sizes[2]
         return LibraryProduct(
-            what, name, l, arrays, vector, epilogue, self.precision, 2.0 * m * n * k, (m * (n + k) + n * k) * self.item
+            what, name, l, arrays, vector, epilogue, self.precision, 2.0 * m * n * k, traffic, self._alpha(name, l)
         )
 
     # ----------------------------------------------------------------------------------------------- the operations
@@ -405,22 +473,49 @@ class Plan:
             yield from self._layer(l)
             if self.dropped[l]:
                 yield self._drop(l)
+            if self._operand("A", l):
+                yield self._round("A", l)
         if not self.head_makes_product:
             yield from self._layer(L)
         yield self._head()
-        for l in self._deltas():
+        for l in range(L, self.frozen, -1):
             if product := self.products.get(("hidden_delta", l)):
                 yield product
                 yield from self._slope(l)
             else:
-                yield self._delta(l)
-        for l in range(self.frozen + 1, L + 1):
+                if l in self._deltas():
+                    yield self._delta(l)
+                if self._operand("Delta", l) and not (l == L - 1 and self._head_rounds()):
+                    yield self._round("Delta", l)
             if product := self.products.get(("weight_gradient", l)):
                 yield product
-                summed = product.vector or ("hidden_delta", l) in self.products
-                if not summed and self.places[l - 1][1] is not None:
-                    yield from self._sums(l, "column_sums", f"db[{l}]", {})
+            if self._is_summed(l):
+                yield from self._sums(l, "column_sums", f"db[{l}]", {})
         yield self._gradients()
+
+    def _is_summed(self, l: int) -> bool:
+        """Whether db[l] is made by a kernel of its own."""
+        dW = self.products.get(("weight_gradient", l))
+        made = dW is None or dW.vector or ("hidden_delta", l) in self.products
+        return not made and self.places[l - 1][1] is not None
+
+    def _head_rounds(self) -> bool:
+        """Whether Delta[L-1] is there in bf16 alone: the head makes it, and nothing but products reads it."""
+        l = self.net.L - 1
+        return bool(self._head_below() and self._operand("Delta", l)) and not self._is_summed(l)
+
+    def _round(self, name: str, l: int) -> Operation:
+        """The copy of A[l], W[l] or Delta[l] in bf16."""
+        n, padded = self._row(name, l)
+        copy = self._operand(name, l)
+        assert copy is not None
+        rows = self.net.layers[l] if name == "W" else self.shape.m
+        of = self._weight(l)[0] if name == "W" else Place("work", self._at(name, l).start, rows * n)
+        return Operation(
+            f"{name}[{l}] rounded to bf16",
+            "round.cu", "round_rows", (("REAL", self.real),), self._blocks(rows * n), (THREADS, 1),
+            (of, copy, rows, n, padded), bytes=6.0 * rows * n,
+        )  # fmt: skip
 
     def _deltas(self) -> range:
         """The layers whose Delta is made from the one above by a product of its own."""
@@ -433,7 +528,7 @@ class Plan:
             yield self._forward(l)
             return
         yield product
-        net, (m, n) = self.net, product.arrays[2][1:]
+        net, (m, n) = self.net, product.arrays[2][1:3]
         Z, F = self._at("Z", l), self._at("Z" if l == net.L else "F", l)
         b = None if product.vector else self._weight(l)[1]
         f = IDENTITY if l == net.L or product.epilogue.startswith("RELU") else net.f[l]
@@ -452,15 +547,18 @@ class Plan:
         return max(1, min(-(-size * self.item // (16 * THREADS)), MOST_BLOCKS)), 1, 1
 
     def _gather(self) -> Operation:
-        """The step's rows of the data, as reals."""
-        s, n = self.shape, self.net.layers[0]
-        kind = "bytes" if s.data == "bytes" else "reals"
+        """The step's rows of the data, as reals or in bf16."""
+        s, as_bytes, copy = self.shape, self.shape.data == "bytes", self._operand("A", 0)
+        n, padded = self._row("A", 0)
+        whole = copy or Place("work", self._at("A", 0).start, s.m * n)
+        defines = {"REAL": self.real, "SOURCE": "unsigned char" if as_bytes else "real"}
+        defines["TARGET"] = "unsigned short" if copy else "real"
         return Operation(
-            "A[0] = the step's rows of the data" + (" / 255" if kind == "bytes" else ""),
-            "gather.cu", f"step_gather_{kind}", (("REAL", self.real),), self._blocks(s.m * n), (THREADS, 1),
-            (Place("data", 0, s.n_data * n), *self._order(1), Place("work", self._at("A", 0).start, s.m * n),
-             Place("state", 0, STATE), AHEAD, s.m, n, self._work, 2 * s.n_data),
-            bytes=float(s.m * n * (self.item + (1 if kind == "bytes" else self.item))),
+            "A[0] = the step's rows of the data" + (" in bf16" if copy else " / 255" if as_bytes else ""),
+            "step_gather.cu", "step_gather", tuple(defines.items()), self._blocks(s.m * n), (THREADS, 1),
+            (Place("data", 0, s.n_data * n), *self._order(1), whole, padded if copy else n, Place("state", 0, STATE),
+             AHEAD, s.m, n),
+            bytes=float(s.m * n * ((1 if as_bytes else self.item) + (2 if copy else self.item))),
         )  # fmt: skip
 
     def _slope(self, l: int) -> Iterator[Operation]:
@@ -468,18 +566,20 @@ class Plan:
         net, f = self.net, self.net.f[l]
         mask = self._at("mask", l) if self.dropped[l] else None
         sums = ("weight_gradient", l) in self.products and self.places[l - 1][1] is not None
-        if f.derivative is None and mask is None:  # f' = 1
+        copy = self._operand("Delta", l)
+        if f.derivative is None and mask is None and copy is None:  # f' = 1
             if sums:
                 yield from self._sums(l, "column_sums", f"db[{l}]", {})
             return
         size = self.shape.m * net.layers[l]
         before = [Place("work", at.start, size) if at else None for at in (self._kept(l), mask)]
         what = f"Delta[{l}] = {f.name}'(Z[{l}]) ⊙ that" + (f", db[{l}]" if sums else "")
-        yield from self._sums(l, "hidden_delta", what, cuda_source.activation(f), before, sums)
+        after = (copy, self._row("Delta", l)[1] if copy else 0)
+        yield from self._sums(l, "hidden_delta", what, cuda_source.activation(f), before, after, sums)
 
     def _sums(
-        self, l: int, kernel: str, what: str, defines: dict[str, str], before: Sequence[Place | None] = (),
-        sums: bool = True,
+        self, l: int, kernel: str, what: str, defines: dict[str, str], before: Sequence[Argument] = (),
+        after: Sequence[Argument] = (), sums: bool = True,
     ) -> Iterator[Operation]:  # fmt: skip
         """A kernel that sums Delta[l], or what it makes of it, down its columns into db[l], in one launch or two."""
         m, n = self.shape.m, self.net.layers[l]
@@ -489,7 +589,8 @@ class Plan:
         yield Operation(
             what, f"{kernel}.cu", kernel, tuple({"REAL": self.real, **defines}.items()),
             (cut.across, cut.chunks, 1), (32, 16),
-            (*before, Place("work", self._at("Delta", l).start, m * n), partial, m, n, cut.chunk_rows, int(cut.wide)),
+            (*before, Place("work", self._at("Delta", l).start, m * n), partial, m, n, cut.chunk_rows, int(cut.wide),
+             *after),
             bytes=float((1 + (len(before) > 0) + sum(x is not None for x in before)) * m * n * self.item),
         )  # fmt: skip
         if partial != db:
@@ -578,6 +679,9 @@ class Plan:
         net, s, L = self.net, self.shape, self.net.L
         m, K, n = s.m, net.layers[L], net.layers[L - 1]
         makes, below = self.head_makes_product, self._head_below()
+        to: tuple[Argument, ...] = (below, None, 0)
+        if self._head_rounds():
+            to = None, self._operand("Delta", L - 1), self._row("Delta", L - 1)[1]
         W, b = self._weight(L) if makes else (None, None)
         kept = self._kept(L - 1) if below else None
         mask = self._at("mask", L - 1) if below and self.dropped[L - 1] else None
@@ -598,7 +702,7 @@ class Plan:
             (self._at("A", L - 1) if makes else None, self.strides[L - 1], W, b, None if makes else self._at("Z", L),
              *self._order(1), *targets, weights, share, self.cost.smoothing, self.cost.parameter, s.task,
              int(self._by_output()), self._at("Delta", L), self.strides[L], self._at("C", L), self._at("right", L),
-             kept, mask, below, self._bound_Delta(L), self._bound_Delta(L - 1) if below else 0.0,
+             kept, mask, *to, self._bound_Delta(L), self._bound_Delta(L - 1) if below else 0.0,
              Place("state", 0, STATE), AHEAD, m, n, K, self.parameters, self._work, 2 * s.n_data),
             2.0 * m * n * K * (makes + (below is not None)),
             ((m * n * (2 if below else 1) + n * K) * makes + 2 * m * K) * self.item,
@@ -668,7 +772,7 @@ class Plan:
 
     def _speed(self, o: Operation | LibraryProduct) -> float:
         if isinstance(o, LibraryProduct):
-            return SPEED["tf32" if o.precision == "tf32" else "ffma"]
+            return SPEED.get(o.precision, 1.0)
         return SPEED[self.arithmetic]
 
     @property

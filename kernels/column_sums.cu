@@ -8,7 +8,7 @@
 template <int N> __device__ void run(const real* M, real* partial, long long m, int n, long long chunk_rows) {
     sum_columns<N>(
         partial, m, n, chunk_rows, [&](long long i) { return load<N>(M, i); },
-        [](long long, const Pack<real, N>& x) { return x; });
+        [](long long, long long, const Pack<real, N>& x) { return x; });
 }
 
 extern "C" __global__ void column_sums(const real* __restrict__ M, real* __restrict__ partial, long long m, int n,

@@ -18,6 +18,19 @@ template <int N, class T> __device__ __forceinline__ void store(T* p, long long 
     reinterpret_cast<Pack<T, N>*>(p)[i] = x;
 }
 
+// The nearest bf16 of a number, ties to even: the upper half of a float. Wholly in integers, so for every architecture.
+__device__ __forceinline__ unsigned short to_bf16(float x) {
+    const unsigned bits = __float_as_uint(x);
+    return x != x ? 0x7fff : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+}
+// N numbers rounded to bf16, to p + at, which is a multiple of N.
+template <int N> __device__ __forceinline__ void store_bf16(unsigned short* p, long long at, const Pack<real, N>& x) {
+    Pack<unsigned short, N> rounded;
+#pragma unroll
+    for (int j = 0; j < N; ++j) rounded.v[j] = to_bf16(float(x.v[j]));
+    store<N>(p, at / N, rounded);
+}
+
 // Whether an array starts where an access of N numbers may; a null pointer does.
 template <int N, class T> __device__ __forceinline__ bool aligned(const T* p) {
     return reinterpret_cast<unsigned long long>(p) % (N * sizeof(T)) == 0;

@@ -5,7 +5,8 @@
 // null and Z (m, K) is the product already; else Z may be null, or gets Z[L]. Targets are labels or rows T (.., K) of
 // the data, the other one null, gathered by `order` as in forward.cu; w (m,), or null, then `share` is the weight of
 // all. Delta (m, K); C, right (m,); below (m, n), or null, becomes Delta[L-1], with `kept` A[L-1] or Z[L-1], whichever f'
-// is taken from, and mask, or null, in rows of `A_stride`. Z and Delta are in rows of `stride`. With `by_output` the
+// is taken from, and mask, or null, in rows of `A_stride`; where `rounded` is not null, Delta[L-1] goes there instead, as
+// bf16 in rows of `ld`. Z and Delta are in rows of `stride`. With `by_output` the
 // largest output decides what is predicted, not the largest z.
 //
 // A block of 32 x WARPS threads works on ROWS samples: all threads on each product, a warp on each row of outputs; where
@@ -67,10 +68,11 @@ __device__ void affine_rows(const real* a, int stride, int rows, const real* W, 
     }
 }
 
-// Rows of Delta[L-1] from those, d, of Delta[L], by the whole block; whether all of them are within bound.
-template <int N>
-__device__ bool delta_rows(const real (*d)[NARROW], const real* W, const real* kept, const real* mask, real* below,
-                           int stride, int rows, real bound, int n, int K) {
+// Rows of Delta[L-1] from those, d, of Delta[L], by the whole block, put(r, c, pack) in their place; whether all of them
+// are within bound.
+template <int N, class Put>
+__device__ bool delta_rows(const real (*d)[NARROW], const real* W, const real* kept, const real* mask, int stride,
+                           int rows, real bound, int n, int K, Put put) {
     bool usual = true;
     for (int c = threadIdx.y * WARP + threadIdx.x; c < n / N; c += WARP * WARPS) {
         Pack<real, N> sum[ROWS] = {};
@@ -93,7 +95,7 @@ __device__ bool delta_rows(const real (*d)[NARROW], const real* W, const real* k
                 sum[r].v[j] *= BELOW::derivative(of_f.v[j]);
                 usual = usual && fabs(sum[r].v[j]) <= bound;
             }
-            store<N>(below + (long long)r * stride, c, sum[r]);
+            put(r, c, sum[r]);
         }
     }
     return usual;
@@ -115,7 +117,7 @@ extern "C" __global__ __launch_bounds__(256, 1) void head(
     const real* A, int A_stride, const real* W, const real* b, real* Z, const long long* order, int batch,
     const long long* labels, const real* T, const real* w, real share, real smoothing, real parameter, int task,
     int by_output, real* Delta, int stride, real* C, real* right, const real* kept, const real* mask, real* below,
-    real bound, real bound_below, unsigned long long* state, int ahead, int m, int n, int K, long long of_theta,
+    unsigned short* rounded, int ld, real bound, real bound_below, unsigned long long* state, int ahead, int m, int n, int K, long long of_theta,
     long long of_work, long long of_order) {
     __shared__ real z_of[ROWS][NARROW];
     __shared__ real d_of[ROWS][NARROW];
@@ -175,14 +177,21 @@ extern "C" __global__ __launch_bounds__(256, 1) void head(
                 }
             }
         }
-        if (below) {
+        if (below || rounded) {
             __syncthreads();
             const long long at = work + i * A_stride;
             const real* drop = mask ? mask + at : mask;
+            auto put = [&](int r, int c, const auto& x) {
+                constexpr int N = sizeof(x) / sizeof(real);
+                if (rounded)
+                    store_bf16<N>(rounded, (i + r) * ld + c * N, x);
+                else
+                    store<N>(below + at + (long long)r * A_stride, c, x);
+            };
             if (wide)
-                usual &= delta_rows<WIDE>(d_of, W, kept + at, drop, below + at, A_stride, rows, bound_below, n, K);
+                usual &= delta_rows<WIDE>(d_of, W, kept + at, drop, A_stride, rows, bound_below, n, K, put);
             else
-                usual &= delta_rows<1>(d_of, W, kept + at, drop, below + at, A_stride, rows, bound_below, n, K);
+                usual &= delta_rows<1>(d_of, W, kept + at, drop, A_stride, rows, bound_below, n, K, put);
         }
     }
     step.check(usual);

@@ -9,8 +9,8 @@
 constexpr int DEEP = 16;  // blockDim.y
 constexpr int AHEAD = 4;  // rows that a thread fetches before it works on the first: memory is far
 
-// partial[chunk, column] = sum over the chunk's rows of work(element, fetch(element)), element by element in the order
-// of the rows; partial may be null, then only the work happens. The grid is (strips, chunks).
+// partial[chunk, column] = sum over the chunk's rows of work(row, element, fetch(element)), element by element in the
+// order of the rows; partial may be null, then only the work happens. The grid is (strips, chunks).
 template <int N, class Fetch, class Work>
 __device__ void sum_columns(real* partial, long long m, int n, long long chunk_rows, Fetch fetch, Work work) {
     __shared__ real part[DEEP][WARP * N];
@@ -28,7 +28,7 @@ __device__ void sum_columns(real* partial, long long m, int n, long long chunk_r
 #pragma unroll
                 for (int a = 0; a < AHEAD; ++a)
                     if (row + a * DEEP < last) {
-                        const Pack<real, N> x = work((row + a * DEEP) * columns + column, fetched[a]);
+                        const Pack<real, N> x = work(row + a * DEEP, (row + a * DEEP) * columns + column, fetched[a]);
 #pragma unroll
                         for (int j = 0; j < N; ++j) total.v[j] += x.v[j];
                     }

@@ -59,13 +59,41 @@ extern "C" __global__ void survey(const real* __restrict__ theta, const real* __
     }
 }
 
+// W[l] of the layers whose products are cuBLASLt's in bf16, rounded for them: for each of `count`, `copies` says where W
+// begins in theta, how many elements it has, the length of its rows, where its copy begins, and the length of that one's
+// rows.
+enum { W_FROM, W_SIZE, W_ROW, COPY_AT, COPY_ROW, OF_COPY };
+
+template <int N>
+__device__ __forceinline__ void round_weights(const long long* copies, int count, unsigned short* rounded, long long i,
+                                              const Pack<real, N>& theta) {
+    for (int l = 0; l < count; ++l, copies += OF_COPY) {
+        const long long first = i * N - copies[W_FROM];
+        if (first < 0 || first >= copies[W_SIZE]) continue;
+        const unsigned width = copies[W_ROW], ld = copies[COPY_ROW];
+        unsigned short* to = rounded + copies[COPY_AT];
+        if (width == ld || width % N == 0) {
+            const long long row = width == ld ? 0 : unsigned(first) / width;
+            store_bf16<N>(to, first + row * (ld - width), theta);
+        } else {
+#pragma unroll
+            for (int j = 0; j < N; ++j)
+                if (first + j < copies[W_SIZE])
+                    to[first + j + unsigned(first + j) / width * (ld - width)] = to_bf16(float(theta.v[j]));
+        }
+    }
+}
+
 // Takes the step, unless the cost or the norm is not finite, or a block of `survey` says stop: then `diverged` is t, if
-// it was 0. Every block adds up the `blocks` parts of `survey` itself, all in the same order.
+// it was 0. Every block adds up the `blocks` parts of `survey` itself, all in the same order. With `rounded`, products
+// of bf16 find their weights there from then on.
 extern "C" __global__ void update(real* __restrict__ theta, const real* __restrict__ g, real* __restrict__ s0,
                                   real* __restrict__ s1, real* __restrict__ s2, const double* __restrict__ row,
                                   int row_size, unsigned long long* state, int ahead,
                                   const double* __restrict__ measured, const double* __restrict__ norm2,
-                                  const int* __restrict__ stop, int blocks, long long* __restrict__ diverged, long long n) {
+                                  const int* __restrict__ stop, int blocks, long long* __restrict__ diverged,
+                                  const long long* __restrict__ copies, int count,
+                                  unsigned short* __restrict__ rounded, long long n) {
     if (state) {
         row += Step(state, ahead).number * row_size;
         measured += Step(state, ahead).number * 2;
@@ -94,5 +122,6 @@ extern "C" __global__ void update(real* __restrict__ theta, const real* __restri
         x.get(theta, slots, i);
         x.step(rule, load<N>(g, i));
         x.put(theta, slots, i);
+        if (rounded) round_weights<N>(copies, count, rounded, i, x.x);
     });
 }

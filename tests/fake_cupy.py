@@ -521,11 +521,11 @@ class MemoryPointer:
     """Where an array's memory begins."""
 
     def __init__(self, array):
-        assert array._a.flags.c_contiguous or array._a.flags.f_contiguous
         self._array = array
         self.ptr = array._a.ctypes.data
 
     def _copy(self, size, stream, host, home):
+        assert self._array._a.flags.c_contiguous or self._array._a.flags.f_contiguous
         assert size <= self._array._a.nbytes, "past the array"
         line = (stream or get_current_stream())._line
         if home:

@@ -1,0 +1,196 @@
+"""Steps whose wide products are cuBLASLt's in bf16, beside NumPy's with the same operands rounded."""
+
+import contextlib
+
+import fake_cupy
+import numpy as np
+import pytest
+from fake_cublaslt import from_bf16, to_bf16
+from test_wide import ENDS, SETTINGS, M, N, executor, fake, graph, steps_of
+
+import backprop_gpu as bp
+from backprop_gpu import cublaslt, numpy_ops, plan
+from backprop_gpu.backend import to_host
+from backprop_gpu.cublaslt import Library
+from backprop_gpu.executors import Eager, Graph
+from backprop_gpu.network import Views
+
+__all__ = ["fake"]  # a fixture
+PLAIN = [{k: v for k, v in of.items() if k not in ("l1", "l2", "clip_norm", "clip_value")} for of in SETTINGS]
+CASES = [of for of in PLAIN if of.get("frozen") != 2]
+ODD = [
+    {"layers": [20, 13, 9, 11, 5], "hidden": "tanh"},
+    {"layers": [20, 13, 9]},
+    {"layers": [20, 17, 80], "bias": False},
+]
+
+
+@pytest.fixture(autouse=True)
+def in_bf16(monkeypatch):
+    monkeypatch.setattr(plan, "arithmetic_of", lambda *of: "bf16")
+
+
+def rounded(a):
+    return from_bf16(to_bf16(np.asarray(a, np.float32))).astype(a.dtype)
+
+
+def gradient_of(run, order, ends, spread=contextlib.nullcontext):
+    """dW and db of the first batch."""
+    net = run.problem.net
+    with net.backend.active(), spread():
+        flat = to_host(run._first_gradient(order, ends)).astype(np.float64)
+    return Views(flat, net.layers, net.biased)
+
+
+def round_operands(monkeypatch, run):
+    """NumPy's operations with what the kernels and the library round: all operands but the head's and bytes."""
+    of_bytes = run.problem.samples.X.dtype == np.uint8
+    last = run.problem.net.W[-1]
+    head = last.shape[0] <= plan.NARROW and run.problem.net.L > 1
+    own = {name: getattr(numpy_ops, name) for name in ("affine_activate", "affine", "hidden_delta", "weight_gradient")}
+
+    def operand(A):
+        return A if of_bytes and A.shape[1] == run.problem.net.layers[0] else rounded(A)
+
+    def affine_activate(W, A_below, b, f, Z, A):
+        own["affine_activate"](rounded(W), operand(A_below), b, f, Z, A)
+
+    def affine(W, A_below, b, Z):
+        own["affine"](*((W, A_below) if head else (rounded(W), operand(A_below))), b, Z)
+
+    def hidden_delta(W, Delta, f, Z, A, mask, out, db=None):
+        if not (head and W.shape == last.shape):
+            W, Delta = rounded(W), rounded(Delta)
+        own["hidden_delta"](W, Delta, f, Z, A, mask, out, db)
+
+    def weight_gradient(Delta, A_below, dW):
+        own["weight_gradient"](rounded(Delta), operand(A_below), dW)
+
+    for name, operation in (
+        ("affine_activate", affine_activate), ("affine", affine), ("hidden_delta", hidden_delta),
+        ("weight_gradient", weight_gradient),
+    ):  # fmt: skip
+        monkeypatch.setattr(numpy_ops, name, operation)
+
+
+@pytest.mark.parametrize("settings", [*CASES, *ODD], ids=repr)
+def test_the_gradient_is_that_of_rounded_operands(fake, monkeypatch, settings):
+    rule, order = bp.SGD(0.1), np.random.default_rng(1).permutation(N)
+    with graph(rule, precision="float32", **settings) as its:
+        got = gradient_of(its, order, ENDS)
+        assert {p.precision for p in its.plan.products.values()} == {"bf16"}
+    mine = executor(Eager, "numpy", rule, precision="float32", **settings)
+    exact = gradient_of(mine, order, ENDS)
+    with monkeypatch.context() as patched:
+        round_operands(patched, mine)
+        wanted = gradient_of(mine, order, ENDS)
+    trained = range(1 + settings.get("frozen", 0), mine.problem.net.L + 1)
+    for l in trained:
+        largest = abs(wanted.W[l]).max()
+        np.testing.assert_allclose(got.W[l], wanted.W[l], rtol=0, atol=1e-5 * largest, err_msg=f"dW[{l}]")
+        if got.b[l] is not None:
+            tolerance = 1e-5 * abs(wanted.b[l]).max()
+            np.testing.assert_allclose(got.b[l], wanted.b[l], rtol=0, atol=tolerance, err_msg=f"db[{l}]")
+    assert any(abs(exact.W[l] - wanted.W[l]).max() > 1e-4 * abs(wanted.W[l]).max() for l in trained)
+
+
+@pytest.mark.parametrize("settings", [{}, ODD[0], {"frozen": 1}, {"dropout": 0.4}], ids=repr)
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_the_copies_of_weights_follow_the_updates(fake, settings, name):
+    """Several steps a recording: the first rounds the weights, the others find what updates left."""
+    rule = bp.optimizers.choose_optimizer(name)
+    order, ends = np.random.default_rng(1).permutation(N), [0, M, 2 * M]
+    with graph(rule, precision="float32", **settings) as its:
+        net = its.problem.net
+        with net.backend.active():
+            for _ in range(2):
+                its.begin(order, ends, [rule.lr] * 2, 1)
+                its._graph(M, 2).launch()
+                copies = to_host(its._vectors["rounded"])
+                found = 0
+                for l in range(1, net.L + 1):
+                    if place := its.plan._operand("W", l):
+                        (n, k), padded = net.W[l].shape, its.plan._row("W", l)[1]
+                        copy = copies[place.start : place.start + n * padded].reshape(n, padded)[:, :k]
+                        np.testing.assert_array_equal(copy, to_bf16(to_host(net.W[l])), err_msg=f"W[{l}]")
+                        found += l > settings.get("frozen", 0)
+                assert found == len(its.plan.copies) > 0
+                net.W[2][...] = net.W[2] * 1.5  # a stranger's hand, between two launches
+        assert its.failed is None
+
+
+def test_recordings_of_one_and_of_several_steps_agree(fake, monkeypatch):
+    rule, thetas = bp.Adam(1e-2), []
+    for sizes in ((1,), (2, 1)):
+        monkeypatch.setattr(Graph, "sizes", sizes)
+        with graph(rule, precision="float32", hidden="gelu") as its:
+            steps_of(its, rule)
+            thetas.append(to_host(its.theta))
+    assert thetas[0].tobytes() == thetas[1].tobytes()
+
+
+@pytest.mark.parametrize("settings", [{}, {"hidden": "gelu", "dropout": 0.4}, {"uint8": False}, *ODD], ids=repr)
+def test_a_run_comes_near_numpys(fake, settings):
+    rule = bp.SGD(0.1)
+    mine = executor(Eager, "numpy", rule, precision="float32", **settings)
+    wanted = steps_of(mine, rule)
+    with graph(rule, precision="float32", **settings) as its:
+        np.testing.assert_allclose(steps_of(its, rule)[:, 0], wanted[:, 0], rtol=2e-2)
+        np.testing.assert_allclose(to_host(its.theta), mine.theta, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, ["A[0] = the step's rows of the data in bf16", "A[1] rounded to bf16"]),
+        ({"layers": [20, 16, 5]}, ["A[0] = the step's rows of the data in bf16", "Delta[1] rounded to bf16"]),
+        ({"layers": [20, 16, 80]},
+         ["A[0] = the step's rows of the data in bf16", "A[1] rounded to bf16", "Delta[2] rounded to bf16"]),
+        ({"hidden": "identity"}, ["A[0] = the step's rows of the data in bf16", "A[1] rounded to bf16"]),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_what_is_rounded_by_a_kernel_of_its_own(fake, settings, wanted):
+    """The rest is left in bf16 by the kernels that make it."""
+    with graph(bp.SGD(0.1), precision="float32", **settings) as its:
+        assert [o.equation for o in its.plan.operations if "bf16" in o.equation] == wanted
+        assert [o.equation for o in its.plan.prologue] == [
+            f"W[{l}] rounded to bf16" for l in range(1, its.problem.net.L + 1) if its.plan._operand("W", l)
+        ]
+        assert "W[1] rounded to bf16" in its.plan.describe()
+
+
+@pytest.mark.parametrize(
+    "no", [(12, M, 16), (16, M, 12), (16, 12, M)], ids=["forward", "hidden_delta", "weight_gradient"]
+)
+def test_one_product_that_is_not_offered_leaves_the_layer_to_kernels(fake, no):
+    fake.unknown = lambda e, *mnk: mnk == no
+    with graph(bp.SGD(0.1), precision="float32") as its:
+        assert {l + (name == "hidden_delta") for name, l in its.plan.products} == {1}
+        assert len(its.plan.notes) == 1
+        got = gradient_of(its, np.arange(N), ENDS)
+    exact = gradient_of(executor(Eager, "numpy", bp.SGD(0.1), precision="float32"), np.arange(N), ENDS)
+    for l in range(1, 4):
+        np.testing.assert_allclose(got.W[l], exact.W[l], atol=2e-2 * abs(exact.W[l]).max())
+
+
+@pytest.mark.parametrize("settings", [{}, ODD[0]], ids=repr)
+def test_every_access_of_the_kernels_is_sound(fake, settings):
+    fake_cupy.Mode.check, fake_cupy.Mode.seed = True, 5
+    with graph(bp.SGD(0.1), precision="float32", **settings) as its:
+        steps_of(its, its.rule, 3)
+
+
+def test_alpha_is_the_255th_part_of_bytes_alone(fake):
+    for uint8, wanted in ((True, {1 / 255, 1.0}), (False, {1.0})):
+        with graph(bp.SGD(0.1), precision="float32", uint8=uint8) as its:
+            assert {p.alpha for p in its.plan.products.values()} == wanted
+
+
+def test_forward_takes_a_factor(fake):
+    rng = np.random.default_rng(0)
+    W, A, b = (rng.normal(size=shape).astype(np.float32) for shape in ((8, 16), (4, 16), (8,)))
+    Z = np.zeros((4, 8), np.float32)
+    with contextlib.closing(Library(fake, lambda a: (fake.own(a), a.ctypes.data)[1])) as library:
+        cublaslt.forward(library, W, A, Z, b, alpha=0.25).run(0)
+    np.testing.assert_allclose(Z, 0.25 * A @ W.T + b, rtol=1e-5)
