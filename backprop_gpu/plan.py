@@ -790,6 +790,8 @@ class Plan:
                 how = f"{o.kernel}, {self.arithmetic} {o.tile}" if o.tile else o.kernel
                 grid = " x ".join(map(str, o.grid))
             lines.append(f"{o.equation:64} {how:44} {grid:>14}  {o.flop / 1e6:10.1f} MFLOP {o.bytes / 1e6:8.2f} MB")
+        if self.prologue:
+            lines.append(f"before the first of several steps: {', '.join(o.equation for o in self.prologue)}")
         if self.rule is None:
             lines.append("then survey and update: the gradient is stored")
         lines += self.notes

@@ -13,7 +13,7 @@ from backprop_gpu import plan as plans
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 FILES = sorted(path.name for path in KERNELS.glob("*.cu"))
-OF_A_STEP = ("advance.cu", "delta.cu", "forward.cu", "gradients.cu", "head.cu")  # as a plan launches them
+OF_A_STEP = ("advance.cu", "delta.cu", "forward.cu", "gradients.cu", "head.cu", "step_gather.cu")  # as plans do
 ALONE = [file for file in FILES if file not in OF_A_STEP]
 # Macro: the header whose structs it may name, and how their names begin.
 TABLES = {
@@ -68,6 +68,10 @@ def of_a_step(file):
     """Choices for a kernel of a step: each value of each macro, not each with each other."""
     if file == "advance.cu":
         return [{"REAL": "float"}]
+    if file == "step_gather.cu":
+        chosen = itertools.product(("unsigned char", "real"), ("real", "unsigned short"))
+        every = [{"REAL": "float", "SOURCE": source, "TARGET": target} for source, target in chosen]
+        return [*every, *({**of, "REAL": "double"} for of in every if of["TARGET"] == "real")]
     hidden = [f for f in structs("ACTIVATION") if f not in ROW_FUNCTIONS]
     if file == "head.cu":
         pairs = [

@@ -82,7 +82,7 @@ def executor(kind, backend, rule, precision="float64", layers=(20, 16, 12, 5), *
     """An executor over the same samples on every backend."""
     rng = np.random.default_rng(0)
     K = layers[-1]
-    X, T = rng.integers(0, 256, (N, 20)).astype(np.uint8), rng.integers(0, K, N)
+    X, T = rng.integers(0, 256, (N, layers[0])).astype(np.uint8), rng.integers(0, K, N)
     net = bp.Network(
         list(layers), more.pop("hidden", "relu"), output=more.pop("output", "softmax"), precision=precision,
         backend=backend, dropout=more.pop("dropout", 0.0), bias=more.pop("bias", True), seed=3,
