@@ -24,7 +24,7 @@ from .backend import to_host
 from .costs import Cost
 from .errors import BackendError, ConfigError
 from .inputs import Samples
-from .network import Batch, Network, Views, backward, forward
+from .network import GPU_ONLY, Batch, Network, Views, backward, forward
 from .optimizers import Optimizer
 from .regularization import Regularization
 from .streaming import Feed, greatest
@@ -131,6 +131,9 @@ class Eager:
             self.feed.ahead()
         return taken
 
+    def ahead(self, order: np.ndarray) -> None:
+        """While steps are under way: the order that the next `begin` will be given, if there is one."""
+
     def finish(self) -> None:
         """At the end of an epoch, before `measured` is read."""
 
@@ -216,7 +219,8 @@ class Graph(Eager):
     bound, and run once, when the plan is made. Raises plan.Unplanned.
     """
 
-    sizes = (64, 16, 1)
+    sizes: tuple[int, ...] = (64, 16, 1)
+    trains = True
     timed = 1  # of cuBLASLt's algorithms, to choose from; with more than one the bits are a matter of luck
     forked = False  # whether cuBLASLt makes dW on a branch of the graph, beside the Delta below; to be measured
 
@@ -227,29 +231,33 @@ class Graph(Eager):
         net, cp = problem.net, problem.net.backend.xp
         samples = self.feed.samples if self.feed else problem.samples
         self.ops: Any = net.backend.ops
-        n, fused = len(samples), not (problem.regularization or stored)
+        n, fused = len(samples), self.trains and not (problem.regularization or stored)
         as_bytes = samples.X.dtype == np.uint8
         placed = self.ops.placed(rule, self.slots)
         self._rows = cp.zeros((steps + 1, self.ops.host_rows(rule, [rule.lr], 1).shape[1]), np.float64)
         shape = plans.Shape(
             batch_size, batch_size, n, steps, "bytes" if as_bytes else "reals",
             "labels" if samples.T.ndim == 1 else "rows", samples.weights is not None, problem.reduction == "mean",
-            1.0 if as_bytes else greatest(problem.samples.X), TASKS.get(samples.task, 0), ordered=self.feed is not None,
+            1.0 if as_bytes or not self.trains else greatest(problem.samples.X), TASKS.get(samples.task, 0),
+            ordered=self.feed is not None or not self.trains,
         )  # fmt: skip
-        device = device_of(cp)
+        device, exact = device_of(cp), net.precision not in GPU_ONLY
+        precision = net.precision if exact or self.trains else "float32"
         make = functools.partial(
-            plans.Plan, net, problem.cost, device=device, arithmetic=plans.arithmetic_of(net.precision, device),
+            plans.Plan, net, problem.cost, device=device, arithmetic=plans.arithmetic_of(precision, device),
             rule=self.ops.rule_name(rule) if fused else None, slots=[s is not None for s in placed],
             row_size=self._rows.shape[1], frozen=problem.frozen, seed=seed, library=self._offers,
         )  # fmt: skip
         self._plan_of = functools.cache(lambda m: make(shape=dataclasses.replace(shape, m=m)))
         self._library: cublaslt.Library | str | None = None  # or why there is none; None: nobody has asked yet
         self._products: dict[plans.LibraryProduct, cublaslt.Product] = {}
-        self._order: Any = None if self.feed else cp.zeros(2 * n, np.int64)  # an order may hold more than the data
+        # An order may hold more than the data.
+        self._order: Any = None if shape.ordered else cp.zeros(2 * n, np.int64)
+        self._next: _Order | None = None
         self._state = cp.zeros(plans.STATE, np.uint64)
         self._vectors: dict[str, Any] = {
             "data": samples.X.reshape(-1), "targets": samples.T.reshape(-1), "weights": samples.weights,
-            "theta": net.theta, "trained": self.theta, "gradient": None if fused else self.g,
+            "theta": net.theta, "trained": self.theta, "gradient": self.g if self.trains and not fused else None,
             "order": self._order, "state": self._state,
             "rows": self._rows.reshape(-1), "measured": self.measured.reshape(-1),
             **{f"slot {i}": s for i, s in enumerate(placed)},
@@ -301,7 +309,8 @@ class Graph(Eager):
         if isinstance(self._library, str):
             return self._library
         self._place_work(plan)
-        self._vectors["gradient"] = self.g
+        if self.trains:
+            self._vectors["gradient"] = self.g
         try:
             product = self._bind(self._library, wanted)
         except cublaslt.CublasLtError as e:
@@ -350,12 +359,19 @@ class Graph(Eager):
             self.feed.begin(order, ends)
         else:
             self.order = self._order[: len(order)]
-            self.order.set(order)
+            if not (self._next and self._next.put(order, self.order)):
+                self.order.set(order)
         self.rows, self.ends, self.t, self._done, self._put_off = self._rows, ends, t, 0, 0
         self._rows[: len(lrs)].set(self.ops.host_rows(self.rule, lrs, t))
         self._go_on_from(0)
         decays = max(lrs) * self.rule.weight_decay < 1
         self._ordinary = max(lrs) <= plans.MOST_LR and decays and self.failed is None
+
+    def ahead(self, order: np.ndarray) -> None:
+        """As `Eager.ahead`, on a stream of its own."""
+        if self.feed is None:
+            self._next = self._next or _Order(self.problem.net.backend.xp, len(order))
+            self._next.take(order)
 
     def _go_on_from(self, i: int, unusual: int = 0) -> None:
         """Tell the device that the next step is i."""
@@ -374,32 +390,40 @@ class Graph(Eager):
     def run(self, i: int, most: int, watched: bool) -> int:
         """As `Eager.run`, as many steps as the largest graph that fits."""
         if self._ordinary:
-            m = self.ends[i + 1] - self.ends[i]
-            if self.feed:
-                most = min(most, self.feed.rest(i))
-            alike = 1
-            while alike < min(most, self.sizes[0]) and self._size(i + alike) == m:
-                alike += 1
-            if m != self.batch_size:  # a recording's batches begin at multiples of the whole one
-                alike = 1
-            steps = next(size for size in self.sizes if size <= alike)
-            self._point_at(i)
             try:
-                self._graph(m, steps).launch()
+                steps = self._launch(i, most)
             except Exception as e:
                 self._ordinary, self.failed = False, f"{type(e).__name__}: {e}"
                 warnings.warn(f"no CUDA graph, steps run one operation at a time: {self.failed}", stacklevel=2)
                 self.finish()  # steps before these that were put off
             else:
-                self._done = i + steps
-                if self.feed:
-                    self._first -= steps * (self.batch_size - m)
-                    if steps == most:
-                        self.feed.ahead()  # while these are under way
                 if watched:
                     self.finish()
                 return steps
         return super().run(i, most, watched)
+
+    def _launch(self, i: int, most: int) -> int:
+        """Steps i, i + 1, ... by one graph, at most that many; how many."""
+        if self.feed:
+            most = min(most, self.feed.rest(i))
+        m, steps = self._fitting(i, most)
+        self._point_at(i)
+        self._graph(m, steps).launch()
+        self._done = i + steps
+        if self.feed:
+            self._first -= steps * (self.batch_size - m)
+            if steps == most:
+                self.feed.ahead()  # while these are under way
+        return steps
+
+    def _fitting(self, i: int, most: int) -> tuple[int, int]:
+        """How many samples step i has, and how many steps from there on the largest graph that fits."""
+        m, alike = self._size(i), 1
+        while alike < min(most, self.sizes[0]) and self._size(i + alike) == m:
+            alike += 1
+        if m != self.batch_size:  # a recording's batches begin at multiples of the whole one
+            alike = 1
+        return m, next(size for size in self.sizes if size <= alike)
 
     def _size(self, i: int) -> int:
         return self.ends[i + 1] - self.ends[i] if i + 1 < len(self.ends) else 0
@@ -516,7 +540,7 @@ class Graph(Eager):
             launch(ahead)
         if step.joined:
             self.problem.net.backend.xp.cuda.get_current_stream().wait_event(step.joined)
-        if self._plan_of(m).rule is None:
+        if self._plan_of(m).rule is None and self.trains:
             if regularization := self.problem.regularization:
                 self.ops.regularize(regularization, self.theta, self.is_weight, self.g)
             self.ops.update_step(
@@ -534,6 +558,8 @@ class Graph(Eager):
     def close(self) -> None:
         """Wait for what was launched: then graphs and what they work on may go."""
         super().close()
+        if self._next:
+            self._next.stream.synchronize()
         self.problem.net.backend.xp.cuda.get_current_stream().synchronize()
         self._graphs.clear()
         self._let_go()
@@ -562,6 +588,42 @@ class _Step:
     launches: list[_Launch]
     joined: Any = None
     copies: tuple[Array, Array] | None = None
+
+
+class _Order:
+    """An epoch's order on its way to the device, in a stream of its own."""
+
+    def __init__(self, xp: Any, n: int) -> None:
+        self.stream = xp.cuda.Stream(non_blocking=True)
+        # What was in the pinned memory is on the device; what is there has been put in its place.
+        self._landed, self._used = (xp.cuda.Event(disable_timing=True) for _ in range(2))
+        self._pinned = np.frombuffer(xp.cuda.alloc_pinned_memory(8 * n), np.int64, n)
+        self._there = xp.zeros(n, np.int64)
+        self._used.record()  # after the zeros
+        self._taken: np.ndarray | None = None
+        self._current_stream = xp.cuda.get_current_stream
+
+    def take(self, order: np.ndarray) -> None:
+        """Begin to copy it."""
+        n, self._taken = len(order), None
+        if n > len(self._pinned):
+            return
+        self._landed.synchronize()
+        self._pinned[:n] = order
+        self.stream.wait_event(self._used)
+        self._there[:n].set(self._pinned[:n], self.stream)
+        self._landed.record(self.stream)
+        self._taken = order
+
+    def put(self, order: np.ndarray, place: Array) -> bool:
+        """Put it in its place, in the current stream; False if it is not what was taken."""
+        if self._taken is not order:
+            return False
+        stream = self._current_stream()
+        stream.wait_event(self._landed)
+        place[...] = self._there[: len(order)]
+        self._used.record(stream)
+        return True
 
 
 def _refuse(size: int) -> Any:

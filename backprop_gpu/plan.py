@@ -204,6 +204,7 @@ class Plan:
     of the three that a rule may have, whether it has it; `row_size`: numbers in a step's row. `library`, given the plan
     once its workspace is laid out, and a product, says why cuBLASLt does not make it, None if it does; the plan asks
     for wide products. Where it gets one, its `rule` is None whatever was given. `notes`: products that it did not get.
+    With all layers `frozen` it is the plan of an evaluation: nothing is trained, and nothing dropped.
 
     In bf16 the library reads A, W and Delta rounded, from the vector "rounded", laid out by `rounded`. The `prologue`
     rounds W, before the first step of a recording; then each update does, by the table `copies` (update.cu).
@@ -227,10 +228,10 @@ class Plan:
         self.rule, self.slots, self.row_size, self.frozen, self.seed = rule, tuple(slots), row_size, frozen, seed
         self.item = net.dtype.itemsize
         self.real = "float" if net.dtype == np.float32 else "double"
-        self.dropped = [rate > 0 for rate in net.rates]
+        self.dropped = [rate > 0 and frozen < net.L for rate in net.rates]
         self.strides = [n if d else -(-n // 4) * 4 for n, d in zip(net.layers, [*self.dropped, False], strict=True)]
         self.places, self.parameters = Views.places(net.layers, net.biased, net.dtype)
-        self.start = self.places[frozen][0]  # of what is trained
+        self.start = Views.size(net.layers[: frozen + 1], net.biased[:frozen], net.dtype)  # of what is trained
         self.head_makes_product = net.L > 1 and net.layers[-1] <= NARROW
         self._check()
         self.precision = precision_of(arithmetic, self.real)
@@ -729,7 +730,7 @@ class Plan:
         as_bytes = s.data == "bytes"
         data = Place("data", 0, s.n_data * net.layers[0])
         C, right, w = (self._at(name, L).start for name in ("C", "right", "w"))
-        theta, g = Place("trained", 0, size), None if self.rule else Place("gradient", 0, size)
+        theta, g = Place("trained", 0, size), None if self.rule or not size else Place("gradient", 0, size)
         slots = [Place(f"slot {i}", 0, size) if there and self.rule else None for i, there in enumerate(self.slots)]
         mine = self._own_gradients()
         weights = sum(net.layers[l] * net.layers[l - 1] for l in mine)
@@ -792,7 +793,7 @@ class Plan:
             lines.append(f"{o.equation:64} {how:44} {grid:>14}  {o.flop / 1e6:10.1f} MFLOP {o.bytes / 1e6:8.2f} MB")
         if self.prologue:
             lines.append(f"before the first of several steps: {', '.join(o.equation for o in self.prologue)}")
-        if self.rule is None:
+        if self.rule is None and self.frozen < self.net.L:
             lines.append("then survey and update: the gradient is stored")
         lines += self.notes
         floor = self.floor()

@@ -26,13 +26,14 @@ from .costs import Cost, choose_cost
 from .errors import ConfigError, DataError, DivergenceError, lookup
 from .executors import Problem, choose
 from .inputs import Samples
-from .network import CHUNK_ROWS, Batch, Network, Views, backward, check_reduction, forward, forward_chunks, natural_task
+from .network import CHUNK_ROWS, Batch, Network, Views, backward, check_reduction, forward, natural_task
 from .optimizers import Adam, Optimizer, choose_optimizer
 from .regularization import Regularization
 from .schedules import Schedule, choose_schedule, during
 from .specs import number
 from .stopping import Ending, positive
 from .streaming import room_for
+from .tally import Tally, tally_for
 
 
 @dataclass
@@ -230,9 +231,11 @@ def train(
         executor = stack.enter_context(contextlib.closing(choose(problem, rule, batch_size, seed, steps)))
         held_out = None if held_out is None else held_out.on(place)
         history.executor, history.plan = executor.told, executor.description
+        tally: Tally | None = None
+        laid_out = epoch_plan(batches, n, batch_size, seed, 1)
         for run.epoch in range(1, epochs + 1):
             start = time.perf_counter()
-            host_order, ends = epoch_plan(batches, n, batch_size, seed, run.epoch)
+            host_order, ends = laid_out
             watched: Any = history.train_cost if held_out is None else history.validation_cost
             scheduled = during(factor, watched)
             ending.begin_epoch()
@@ -257,6 +260,9 @@ def train(
                     executor.finish()
                 whole_steps.deliver()
                 late = ending.late()
+            if run.epoch < epochs and not late:  # while a GPU is at work
+                laid_out = epoch_plan(batches, n, batch_size, seed, run.epoch + 1)
+                executor.ahead(laid_out[0])
             executor.finish()
             history.executor = executor.told
             cost_sum, right = to_host(executor.measured)[:done].sum(axis=0)  # the host waits for the device here
@@ -269,7 +275,10 @@ def train(
             history.epoch.append(run.epoch)
             history.train_cost.append(float(cost_sum) / _whole(weights, seen, reduction))
             history.train_accuracy.append(None if samples.task == "regression" else float(right) / len(seen))
-            after = None if held_out is None else _evaluate(net, held_out, chosen, reduction)
+            after = None
+            if held_out is not None:
+                tally = tally or stack.enter_context(contextlib.closing(tally_for(executor, held_out, chosen)))
+                after = _evaluation(tally, reduction)
             history.validation_cost.append(after.cost if after else None)
             history.validation_accuracy.append(after.accuracy if after else None)
             history.lr.append(run.lr)
@@ -313,7 +322,7 @@ def evaluate(
     check_reduction(reduction)
     samples = _samples(net, X, T, chosen, reduction, sample_weight)
     with net.backend.active():
-        return _evaluate(net, samples, chosen, reduction)
+        return _evaluation(Tally(net, chosen, samples), reduction)
 
 
 def check_data(net: Network, X: Any, T: Any, cost: Cost | str | None = None) -> None:
@@ -321,17 +330,12 @@ def check_data(net: Network, X: Any, T: Any, cost: Cost | str | None = None) -> 
     _samples(net, X, T, choose_cost(cost, net.output))
 
 
-def _evaluate(net: Network, samples: Samples, cost: Cost, reduction: str) -> Evaluation:
-    be, n, weights = net.backend, len(samples), samples.weights
-    totals = be.zeros(2 * -(-n // CHUNK_ROWS), np.dtype(np.float64)).reshape(-1, 2)
-    with np.errstate(all="ignore"):
-        for i, (rows, batch) in enumerate(forward_chunks(net, samples.X)):
-            Z, T, w = batch.Z[-1], be.asarray(samples.T[rows]), None if weights is None else be.asarray(weights[rows])
-            be.ops.output_delta(cost, net.g, Z, T, 1.0, batch.Delta[-1], batch.C)
-            be.ops.measure(samples.task, net.g, Z, T, batch.C, w, totals[i])
-    cost_sum, right = to_host(totals).sum(axis=0)
-    whole = _whole(None if weights is None else to_host(weights), np.arange(n), reduction)
-    return Evaluation(float(cost_sum) / whole, None if samples.task == "regression" else float(right) / n)
+def _evaluation(tally: Tally, reduction: str) -> Evaluation:
+    cost, right = tally.totals()
+    samples, n = tally.samples, len(tally.samples)
+    weights = None if samples.weights is None else to_host(samples.weights)
+    whole = _whole(weights, np.arange(n), reduction)
+    return Evaluation(cost / whole, None if samples.task == "regression" else right / n)
 
 
 def _whole(weights: np.ndarray | None, rows: np.ndarray, reduction: str) -> float:

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import fake_cublaslt
@@ -153,6 +154,19 @@ def test_a_wrong_step_is_found(card, step_cases, monkeypatch, name):
     assert [line.split()[0] for line in what] == (["theta"] if name == "update" else ["costs"])
 
 
+@pytest.mark.parametrize("poison", [True, False])
+def test_steps_begin_on_poison(card, step_cases, monkeypatch, poison):
+    seen, begin = [], step_cases.Uncaptured.begin
+
+    def looked_at(its, *args):
+        seen.append(np.isnan(its._vectors["work"].get()).all())
+        begin(its, *args)
+
+    monkeypatch.setattr(step_cases.Uncaptured, "begin", looked_at)
+    assert step_cases.run_case(case_named(step_cases, "penalties"), poison) == []
+    assert seen == [poison]
+
+
 def test_a_step_that_falls_back_is_found(on_gpu, card, step_cases, monkeypatch):
     def broken(*args):
         raise RuntimeError("no such launch")
@@ -269,6 +283,44 @@ def test_commands_run_side_by_side_and_no_longer_than_they_may(on_gpu):
     assert texts == {0: "0\n", 60: "60\n\nit took more than 1 s\n"}
 
 
+# ---- architecture functions -----------------------------------------------------------------------------------------
+
+
+def functions(on_gpu, arch=80):
+    rows = []
+    return on_gpu.gpu_arch.functions(rows.append, backends.choose("cupy"), arch), rows
+
+
+def test_functions_of_an_architecture_alone(on_gpu, card):
+    fine, rows = functions(on_gpu)
+    assert fine
+    assert all(row["right"] and row["same_bits"] for row in rows)
+    text = (ROOT / "kernels" / "arch.cuh").read_text()
+    names = set(re.findall(r"__device__ __forceinline__ \w+ (\w+)\(", text))
+    assert names - {"copy_async_commit", "copy_async_wait", "pdl_wait", "pdl_launch"} == {
+        row["function"].split()[0] for row in rows
+    }
+    assert {row["function"].split()[0] for row in functions(on_gpu, 75)[1]} == {"copy_async16"}
+
+
+WRONG = {
+    "copy_async16 of 7 bytes": ("x + 4 * i, bytes)", "x + 4 * i)"),
+    "to_tf32": ("to_tf32(__uint_as_float(x[threadIdx.x]))", "x[threadIdx.x] & ~0x1FFFu"),
+    "pack_bf16": ("(i + 1) % blockDim.x", "i"),
+    "mma_tf32_16x8x8": ("d[i] = all_d[4 * threadIdx.x + i]", "d[i] = 0"),
+    "mma_bf16_16x8x16": ("b[i] = all_b[2 * threadIdx.x + i]", "b[i] = all_b[2 * threadIdx.x]"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_function_is_found(on_gpu, card, monkeypatch, name):
+    for source in ("SOURCE", "SOURCE_80", "PRODUCT"):
+        monkeypatch.setattr(on_gpu.gpu_arch, source, getattr(on_gpu.gpu_arch, source).replace(*WRONG[name]))
+    fine, rows = functions(on_gpu)
+    assert not fine
+    assert name in [row["function"] for row in rows if not row["right"]]
+
+
 # ---- tests ----------------------------------------------------------------------------------------------------------
 
 JUNIT = """<testsuites><testsuite>
@@ -293,7 +345,7 @@ def test_junit_counts_and_names(on_gpu, tmp_path):
     [(3, [], {}, True), (3, [], {"no g++": 1}, True), (3, [], {"no GPU: none": 1}, False), (0, [], {}, False)]
     + [(3, [{"test": "t", "why": "w"}], {}, False)],
 )
-def test_tests_are_green_only_where_a_gpu_ran_them(on_gpu, record, monkeypatch, passed, failed, skipped, ok):
+def test_tests_are_green_only_where_a_gpu_ran_them(on_gpu, card, record, monkeypatch, passed, failed, skipped, ok):
     def run(command, **kwargs):
         assert kwargs["env"]["BACKPROP_GPU_REQUIRE"] == "1"
         Path(next(c for c in command if c.startswith("--junitxml=")).partition("=")[2]).write_text(JUNIT)
@@ -303,12 +355,15 @@ def test_tests_are_green_only_where_a_gpu_ran_them(on_gpu, record, monkeypatch, 
     found = {"passed": passed, "failed": failed, "skipped": skipped, "slowest": []}
     monkeypatch.setattr(on_gpu, "junit", lambda path: found)
     assert on_gpu.tests(record).ok is ok
+    monkeypatch.setattr(on_gpu.gpu_arch, "functions", lambda *args: True)
     assert on_gpu.kernel_tests(record).ok is ok
+    monkeypatch.setattr(on_gpu.gpu_arch, "functions", lambda *args: False)
+    assert on_gpu.kernel_tests(record).ok is False
 
 
-def test_no_test_runs_twice(on_gpu, record, monkeypatch):
+def test_no_test_runs_twice(on_gpu, card, record, monkeypatch):
     asked = []
-    monkeypatch.setattr(on_gpu, "_suite", lambda record, which: asked.append(list(which)))
+    monkeypatch.setattr(on_gpu, "_suite", lambda record, which: asked.append(list(which)) or on_gpu.Verdict(True, []))
     on_gpu.kernel_tests(record), on_gpu.tests(record)
     assert asked[1] == [f"--ignore={path}" for path in asked[0]]
     assert all((ROOT / path).is_file() for path in asked[0])
@@ -441,6 +496,23 @@ def test_two_seeds_are_not_taken_for_one(on_gpu, card, record, blobs, monkeypatc
 
     monkeypatch.setattr(on_gpu, "count_run", another)
     assert on_gpu.counts(record, blobs, (12, 8, 3), 300).ok is False
+
+
+# ---- cuBLASLt -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [0, 60])
+def test_the_probe_ends_in_time(on_gpu, monkeypatch, seconds):
+    probe, rows, done = on_gpu.gpu_cublaslt, [], []
+    monkeypatch.setattr(probe, "_one", lambda emit, card, *what: done.append(what) or True)
+    card = types.SimpleNamespace(lib=types.SimpleNamespace(version=120903))
+    assert probe.probe(rows.append, card, seconds=seconds)
+    skipped = [((r["m"], r["K"], r["N"]), r["precision"], r["boundary"]) for r in rows[1:]]
+    assert all(r["skipped"] for r in rows[1:])
+    assert [bool(done), bool(skipped)] == [seconds > 0, seconds == 0]
+    every = done + skipped
+    assert len(every) == len(set(every)) == 5 * 4 + 3 * 4 - 1  # float64 is not at boundaries of 4
+    assert all(boundary == 256 for _, _, boundary in every[:20])
 
 
 # ---- counters -------------------------------------------------------------------------------------------------------
@@ -619,6 +691,18 @@ def test_who_builds_lets_the_one_who_waits_to_time(on_gpu, tmp_path):
     waits.join()
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no list of open files")
+def test_a_child_that_has_the_file_open_keeps_no_turn(on_gpu, tmp_path):
+    import fcntl
+
+    with on_gpu.gpu_recipe.Turns(tmp_path).building():
+        links = {int(fd): Path(f"/proc/self/fd/{fd}").resolve() for fd in os.listdir("/proc/self/fd")}
+        copy = os.dup(next(fd for fd, path in links.items() if path == tmp_path / "gpu"))
+    with (tmp_path / "gpu").open("a") as gpu:
+        fcntl.flock(gpu, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(copy)
+
+
 WORKER = """#!/bin/sh
 name=$3
 while [ "$1" != --out ]; do shift; done
@@ -695,6 +779,7 @@ def test_kernels_of_all_graphs_are_built_ahead(on_gpu, monkeypatch):
 def test_kernels_of_one_graph_are_built(on_gpu, card, monkeypatch):
     recipe = on_gpu.gpu_recipe.Recipe("A", (784, 7, 10), 5)
     monkeypatch.setitem(on_gpu.gpu_recipe.RECIPES, "A", recipe)
+    monkeypatch.setattr(on_gpu.gpu_recipe.Recipe, "steps", 3)
     monkeypatch.setattr(on_gpu.gpu_steps.sys, "argv", ["", "--build", "A", "tf32"])
     fake_cupy.Counts.kernels.clear()
     assert on_gpu.gpu_steps.main() == 0

@@ -155,7 +155,7 @@ def test_the_bits_are_those_of_data_on_the_device(late, settings, how, monkeypat
     monkeypatch.setenv("BACKPROP_GPU_EXECUTOR", how)
     same_bits(settings, 2500, monkeypatch, ends_of)
     assert feeds
-    assert all((len(feed._bounds) > 2) is (settings.get("batch_size") != "full") for feed in feeds)
+    assert (len(feeds[0]._bounds) > 2) is (settings.get("batch_size") != "full")
 
 
 @pytest.mark.parametrize("limit", [0, 1, 1000, 2000, 3000, 5000])
