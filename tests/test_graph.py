@@ -222,6 +222,43 @@ def test_a_step_is_as_many_nodes_as_the_plan_says(cp, data, seen):
     assert fake_cupy.Counts.graph_nodes == len(seen[-1].plan.operations) + 1 == 4
 
 
+# ---- the next epoch's order -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late", ["copies", "kernels", None])
+def test_orders_follow_each_other_at_a_distance(cp, rng, late):
+    """However late CUDA does its work: one is put in its place while the next is on its way."""
+    fake_cupy.Mode.late = late
+    orders = [rng.permutation(50) for _ in range(6)]
+    place, way = cp.zeros(50, np.int64), executors._Order(cp, 50)
+    arrived = cp.zeros((6, 50), np.int64)
+    way.take(orders[0])
+    for i, order in enumerate(orders):
+        assert way.put(order, place)
+        arrived[i] = place
+        assert not way.put(orders[i - 1], place)
+        if i < 5:
+            way.take(orders[i + 1])
+    np.testing.assert_array_equal(to_host(arrived), orders)
+    assert not way.put(orders[5].copy(), place)
+    way.take(rng.permutation(51))  # more than there is room for
+    assert not way.put(orders[5], place)
+
+
+def test_every_epoch_but_the_first_finds_its_order_there(cp, data, monkeypatch):
+    found, put = [], executors._Order.put
+
+    def putting(self, *args):
+        found.append(put(self, *args))
+        return found[-1]
+
+    monkeypatch.setattr(executors._Order, "put", putting)
+    history = trained(network(), data, epochs=4)
+    assert found == [True] * 3
+    wanted = trained(network("numpy"), data, epochs=4)
+    np.testing.assert_allclose(history.train_cost, wanted.train_cost, rtol=1e-9)
+
+
 # ---- what an epoch leaves alone -------------------------------------------------------------------------------------
 
 

@@ -214,6 +214,44 @@ def test_what_the_library_is_asked_to_do(fake, settings, wanted):
         assert its._products.keys() == set(its.plan.products.values())
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"hidden": "gelu", "bias": False}, {"layers": [20, 16, 80]}, {"frozen": 1}], ids=repr
+)
+@pytest.mark.parametrize("late", ["kernels", None])
+def test_weight_gradients_on_a_branch(fake, monkeypatch, settings, late):
+    """The same bits, each dW in a stream beside the steps' own, in a workspace of its own."""
+    fake_cupy.Mode.late = late
+    thetas, spaces = [], []
+    for forked in (False, True):
+        monkeypatch.setattr(Graph, "forked", forked)
+        with graph(bp.Adam(1e-2), **settings) as its:
+            fake.ran.clear()
+            steps_of(its, its.rule)
+            thetas.append(to_host(its.theta).tobytes())
+            spaces.append({p.plan.workspace for p in its._products.values()})
+            gradients = sum(name == "weight_gradient" for name, _ in its.plan.products)
+            recorded = [stream for _, stream in fake.ran]
+            aside = its._branch.ptr if forked else None
+            assert recorded.count(aside) == (2 * gradients if forked else 0)  # warmed up, recorded
+    assert thetas[0] == thetas[1]
+    assert [len(of) for of in spaces] == [1, 2]
+
+
+@pytest.mark.parametrize("lost", ["fork", "join"])
+def test_a_branch_that_waits_for_too_little_is_seen(fake, monkeypatch, lost):
+    """That the stand-in notices what the two events are for."""
+    monkeypatch.setattr(Graph, "forked", True)
+    fake_cupy.Mode.late = "kernels"
+    wait_event = fake_cupy.Stream.wait_event
+    with contextlib.closing(executor(Graph, "cupy", bp.SGD(0.1))) as its:
+        stream_of = {"fork": lambda s: s == its._branch, "join": lambda s: s != its._branch}[lost]
+        monkeypatch.setattr(
+            fake_cupy.Stream, "wait_event", lambda s, event: None if stream_of(s) else wait_event(s, event)
+        )
+        with pytest.warns(UserWarning, match="no CUDA graph"):
+            steps_of(its, its.rule)
+
+
 def test_what_a_plan_tells(fake):
     with graph(bp.SGD(0.1), layers=[20, 16, 12, 5]) as its:
         told = its.plan.describe().splitlines()
