@@ -20,6 +20,7 @@ import ctypes
 import functools
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,9 +35,9 @@ from backprop_gpu.cublaslt import PRECISIONS, WORKSPACE_BYTES, Library, Product,
 from backprop_gpu.inputs import Samples
 from backprop_gpu.regularization import Regularization
 
-LAUNCHES, REPEATS = 20, 5
-SHAPES = (  # m, K, N
-    (128, 784, 512), (1024, 784, 512), (1024, 512, 512), (8192, 784, 2048), (8192, 2048, 2048),
+LAUNCHES, REPEATS = 10, 3
+SHAPES = (  # m, K, N; those that matter most first
+    (1024, 784, 512), (1024, 512, 512), (8192, 2048, 2048), (8192, 784, 2048), (128, 784, 512),
 )  # fmt: skip
 OFF_BOUNDARY = (1024, 512, 512), (64, 16, 4)  # this shape also with arrays at boundaries of no more than these bytes
 EPILOGUES = {  # what a product is asked to do besides, as arguments that are there
@@ -327,21 +328,27 @@ def algorithms(card: Any, problem: Problem, precision: str) -> Iterator[dict[str
     product.close()
 
 
-def probe(emit: Emit, card: Any = None, shapes: Any = SHAPES, precisions: Any = tuple(PRECISIONS)) -> bool:
+def probe(
+    emit: Emit, card: Any = None, shapes: Any = SHAPES, precisions: Any = tuple(PRECISIONS), seconds: float = 600
+) -> bool:
     """All products, each result one dict passed to `emit`; whether every algorithm was right and ran.
 
-    `card`: what runs them, None: CuPy's current device. BackendError where there is no cuBLASLt.
+    `card`: what runs them, None: CuPy's current device. BackendError where there is no cuBLASLt. What is not begun
+    within so many seconds is told with "skipped".
     """
+    end = time.monotonic() + seconds
     card = Card() if card is None else card
     emit({"what": "cublaslt version", "version": card.lib.version})
+    every = [(shape, precision, 256) for shape in shapes for precision in precisions]
+    off = [(OFF_BOUNDARY[0], precision, boundary) for precision in precisions for boundary in OFF_BOUNDARY[1]]
+    every += [one for one in off if one[0] in shapes and one[2] >= PRECISIONS[one[1]].result.itemsize]
     fine = True
-    for shape in shapes:
-        boundaries = (256, *OFF_BOUNDARY[1]) if shape == OFF_BOUNDARY[0] else (256,)
-        for precision in precisions:
-            for boundary in boundaries:
-                if boundary < PRECISIONS[precision].result.itemsize:
-                    continue
-                fine &= _one(emit, card, shape, precision, boundary)
+    for (m, K, N), precision, boundary in every:
+        if time.monotonic() < end:
+            fine &= _one(emit, card, (m, K, N), precision, boundary)
+        else:
+            where = {"precision": precision, "m": m, "K": K, "N": N, "boundary": boundary}
+            emit({"what": "cublaslt", **where, "skipped": "no time left"})
     return fine
 
 

@@ -1,23 +1,24 @@
 """The steps of `gpu_recipe` in PyTorch and JAX on the same GPU: microseconds a step, and how exact they are.
 
     python -m benchmarks.gpu_peers torch --out FILE     a line of JSON a result; so for jax
-    ... --quick     the small recipes, few repetitions, nothing that takes long to compile
-    ... --cpu       without a GPU: the mathematics alone, its times mean nothing
+    ... --seconds S     what does not fit into so many is skipped
+    ... --turns FOLDER  take turns with the processes that were given the same folder, see `gpu_recipe.Turns`
+    ... --quick         the small recipes, few repetitions, nothing that takes long to compile
+    ... --cpu           without a GPU: the mathematics alone, its times mean nothing
 
 PyTorch: eager; all steps in one CUDA graph; the same with forward and loss compiled by `torch.compile`. JAX: one jitted
 `lax.scan` over all steps, its body once or 16 times. Each in float32 (TF32 off), tf32, and bf16 products with float32
-parameters. What strays from the float64 reference is told as "rejected" and not timed; what fails is told with "error",
-what there was no time for with "skipped".
+parameters; what takes long to compile comes last, and only some of it. What strays from the float64 reference is told
+as "rejected" and not timed; what fails is told with "error", what there was no time for with "skipped".
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import importlib.metadata
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,11 +30,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import gpu_recipe
-from .gpu_recipe import BETA1, BETA2, CHECKED, EPSILON, LR, PRECISIONS, RECIPES, Check, Program, Recipe, timed
+from .gpu_recipe import BETA1, BETA2, CHECKED, EPSILON, LR, PRECISIONS, RECIPES, Check, Program, Recipe, Turns, timed
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 100  # seconds a library has
-COMPILED = {("A", "float32"), ("A", "tf32"), ("B", "float32"), ("B", "tf32"), ("C", "tf32")}  # by torch.compile
+SECONDS = 120  # that a library has, if nothing else is said
+LONG = {("A", "float32"), ("A", "tf32"), ("B", "float32"), ("B", "tf32"), ("C", "tf32")}  # to be compiled for long
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -50,11 +51,15 @@ class Trained(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """A way to train: what its row says, how it is built, and how many seconds must be left to begin with it."""
+    """A way to train: what its row says, how it is built, and how many seconds must be left to begin with it.
+
+    `long`: it takes long to compile, and comes after all that do not.
+    """
 
     row: dict[str, Any]
     build: Callable[[], Trained]
-    needs: float = 10
+    needs: float
+    long: bool
 
 
 # ---------------------------------------------------------------------------------------------------- PyTorch
@@ -76,15 +81,15 @@ class Torch:
         self.y = torch.tensor(y.astype(np.int64), device=self.device)
 
     def variants(self, recipe: Recipe, quick: bool) -> Iterator[Variant]:
-        """Eager, a graph, a graph of what was compiled; each in every precision."""
+        """Eager and a graph, each in every precision; a graph of what was compiled."""
         graph = f"graph of {recipe.steps}"
         for program in ("eager", graph, f"compiled, {graph}"):
             for precision in PRECISIONS:
                 compiled, captured = program.startswith("compiled"), program.endswith(graph)
-                if compiled and (quick or (recipe.name, precision) not in COMPILED):
+                if compiled and (quick or (recipe.name, precision) not in LONG):
                     continue
                 build = lambda p=precision, k=compiled, c=captured: self.build(recipe, p, k, c)  # noqa: E731
-                yield Variant({"program": program, "precision": precision}, build, 60 if compiled else 10)
+                yield Variant({"program": program, "precision": precision}, build, 20 if compiled else 5, compiled)
 
     def build(self, recipe: Recipe, precision: str, compiled: bool, captured: bool) -> Trained:
         """Ready to run, and checked to run."""
@@ -206,13 +211,15 @@ class Jax:
         self.X, self.y = jax.device_put(X), jax.device_put(y.astype(np.int32))
 
     def variants(self, recipe: Recipe, quick: bool) -> Iterator[Variant]:
-        """A scan with its body once or 16 times, each in every precision."""
-        later = list(RECIPES)[::-1].index(recipe.name)  # recipes that shall not starve
-        for unroll in (1,) if quick else (1, min(16, recipe.steps)):
+        """A scan with its body once, in every precision, or 16 times."""
+        for unroll in (1, 16):
             for precision in PRECISIONS:
+                unrolled = unroll > 1
+                if unrolled and (quick or (recipe.name, precision) not in LONG):
+                    continue
                 row = {"program": f"scan of {recipe.steps}, unroll={unroll}", "precision": precision}
                 build = lambda p=precision, u=unroll: self.build(recipe, p, u)  # noqa: E731
-                yield Variant(row, build, 10 if unroll == 1 else 15 + 25 * later)
+                yield Variant(row, build, 20 if unrolled else 8, unrolled)
 
     def build(self, recipe: Recipe, precision: str, unroll: int) -> Trained:
         """Ready to run, and checked to run."""
@@ -272,34 +279,48 @@ LIBRARIES = {"torch": Torch, "jax": Jax}
 # --------------------------------------------------------------------------------------------------- one library
 
 
-def measure(library: Torch | Jax, emit: Emit, quick: bool, cpu: bool, limit: float) -> None:
-    """Every variant of every recipe: built and checked one by one, then timed in turn."""
-    end = time.monotonic() + limit
-    for recipe in [RECIPES[name] for name in ("AB" if quick or cpu else "ABCD")]:
-        what = {"recipe": recipe.name, "layers": recipe.layers, "m": recipe.m, "steps": recipe.steps}
-        if end - time.monotonic() < 15:
-            emit({**what, "skipped": "no time left"})
-            continue
-        check, rows, programs = Check(recipe), {}, {}
-        for i, variant in enumerate(library.variants(recipe, quick)):
-            row, start = {**what, **variant.row}, time.monotonic()
-            if end - start < variant.needs:
-                emit({**row, "skipped": f"less than {variant.needs:.0f} s left"})
-                continue
-            try:
-                trained = variant.build()
-                row |= check(variant.row["precision"], trained.losses, trained.gradient)
-            except Exception as e:
-                emit({**row, "error": one_line(e)})
-                continue
-            row["build_seconds"] = time.monotonic() - start
-            if "rejected" in row:
-                emit(row)
-            else:
-                rows[i], programs[i] = row, trained.program
-        short = quick or cpu or end - time.monotonic() < 20
-        for i, times in timed(programs, 3 if short else 9, 0.01 if short else 0.02).items():
-            emit({**rows[i], **times})
+def measure(library: Torch | Jax, emit: Emit, quick: bool, cpu: bool, end: float, turns: Turns) -> None:
+    """Every variant of every recipe, those that take long to compile last: built and checked, then timed.
+
+    Those of a recipe that compile fast are timed in turn. `end`, of `time.monotonic`, is when to be done.
+    """
+    check = functools.cache(Check)
+    recipes = [RECIPES[name] for name in ("AB" if quick or cpu else "ABCD")]
+    for long in (False, True):
+        for recipe in recipes:
+            variants = [variant for variant in library.variants(recipe, quick) if variant.long == long]
+            for group in [[variant] for variant in variants] if long else [variants]:
+                what = {"recipe": recipe.name, "layers": recipe.layers, "m": recipe.m, "steps": recipe.steps}
+                rows, programs = {}, {}
+                for i, variant in enumerate(group):
+                    with turns.building():  # one by one: whoever is to take times waits for no more
+                        row, program = built(variant, lambda r=recipe: check(r), end)
+                    if program is None:
+                        emit({**what, **row})
+                    else:
+                        rows[i], programs[i] = {**what, **row}, program
+                if not programs:
+                    continue
+                with turns.timing():
+                    short = quick or cpu or end - time.monotonic() < 20
+                    times = timed(programs, 3 if short else 9, 0.01 if short else 0.02)
+                for i in rows:
+                    emit({**rows[i], **times[i]})
+
+
+def built(variant: Variant, check: Callable[[], Check], end: float) -> tuple[dict[str, Any], Program | None]:
+    """The variant's row so far, and the program to be timed, None for one that is wrong or has no time left."""
+    start = time.monotonic()
+    row: dict[str, Any] = dict(variant.row)
+    if end - start < variant.needs:
+        return row | {"skipped": f"{max(0.0, end - start):.0f} s left, less than {variant.needs:.0f}"}, None
+    try:
+        trained = variant.build()
+        row["build_seconds"] = time.monotonic() - start
+        row |= check()(variant.row["precision"], trained.losses, trained.gradient)
+    except Exception as e:
+        return row | {"error": one_line(e)}, None
+    return row, None if "rejected" in row else trained.program
 
 
 def one_line(e: BaseException) -> str:
@@ -308,8 +329,9 @@ def one_line(e: BaseException) -> str:
     return f"{type(e).__name__}: {said[:400]}"
 
 
-def worker(name: str, out: Path, quick: bool, cpu: bool) -> None:
+def worker(name: str, out: Path, quick: bool, cpu: bool, seconds: float, turns: Turns) -> None:
     """One library, in this process; results are appended to `out` as they come."""
+    end = time.monotonic() + seconds
     with out.open("a", encoding="utf-8") as f:
 
         def emit(row: dict[str, Any]) -> None:
@@ -318,7 +340,8 @@ def worker(name: str, out: Path, quick: bool, cpu: bool) -> None:
 
         try:
             version = importlib.metadata.version(name)
-            library = LIBRARIES[name](cpu)
+            with turns.building():
+                library = LIBRARIES[name](cpu)
         except importlib.metadata.PackageNotFoundError:
             emit({"error": "not installed"})
             return
@@ -326,48 +349,67 @@ def worker(name: str, out: Path, quick: bool, cpu: bool) -> None:
             emit({"error": one_line(e)})
             return
         emit({"version": version, "device": "cpu" if cpu else "gpu"})
-        measure(library, emit, quick, cpu, LIMIT - 10)
+        measure(library, emit, quick, cpu, end, turns)
 
 
 # ------------------------------------------------------------------------------------------------- all libraries
 
 
-def peers(emit: Emit, quick: bool = False) -> None:
-    """PyTorch, then JAX, each in a process of its own: every result goes to `emit` as it comes."""
-    for name in LIBRARIES:
-        with tempfile.TemporaryDirectory() as folder:
-            out, log = Path(folder) / "rows.jsonl", Path(folder) / "log"
-            out.touch()
-            command = [sys.executable, "-m", "benchmarks.gpu_peers", name, "--out", str(out), *["--quick"] * quick]
-            code = forward(command, out, log, emit)
-            if code != 0:
-                why = f"more than {LIMIT} s" if code is None else f"ended with code {code}"
-                tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
-                emit({"part": "peers", "library": name, "error": why, "tail": tail})
+class Running:
+    """A library in a process of its own: the rows that it has written, and what became of it."""
+
+    def __init__(self, command: list[str], folder: Path, name: str) -> None:
+        self.name, self.rest = name, ""
+        self.out, self.log = folder / f"{name}.jsonl", folder / f"{name}.log"
+        self.out.touch()
+        self.rows = self.out.open(encoding="utf-8")
+        env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        with self.log.open("w") as log:  # of this one's group, so that whoever ends that ends this, too
+            self.process = subprocess.Popen(
+                [*command, "--out", str(self.out)], cwd=ROOT, env=env, stdout=log, stderr=log
+            )
+
+    def forward(self, emit: Emit) -> bool:
+        """Hand on the rows that are new; whether more may come."""
+        ended = self.process.poll() is not None  # asked before reading: nothing is written after it
+        *lines, self.rest = (self.rest + self.rows.read()).split("\n")
+        for line in lines:
+            emit(json.loads(line))
+        return not ended
+
+    def end(self, emit: Emit, seconds: float) -> None:
+        """End the process if it has not; tell if it did not end well."""
+        code = self.process.poll()
+        if code is None:
+            self.process.kill()
+            self.process.wait()
+        self.forward(emit)
+        self.rows.close()
+        if code != 0:
+            why = f"more than {seconds:.0f} s" if code is None else f"ended with code {code}"
+            tail = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
+            emit({"part": "peers", "library": self.name, "error": why, "tail": tail})
 
 
-def forward(command: list[str], out: Path, log: Path, emit: Emit) -> int | None:
-    """Run a command for LIMIT seconds at most, handing on the lines of `out`; its exit code, None for out of time."""
-    env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    end = time.monotonic() + LIMIT
-    with log.open("w") as f, out.open(encoding="utf-8") as rows:
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=f, stderr=f, start_new_session=True)
-        rest = ""
+def peers(emit: Emit, seconds: float = SECONDS, folder: Path | None = None, quick: bool = False) -> None:
+    """PyTorch and JAX side by side, each in a process of its own: every result goes to `emit` as it comes.
+
+    Both have so many seconds. `folder` holds the locks by which they take turns, with whoever else was given it.
+    """
+    end = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as own:
+        more = ["--seconds", str(max(0.0, seconds - 5)), "--turns", str(folder or own), *["--quick"] * quick]
+        every = [
+            Running([sys.executable, "-m", "benchmarks.gpu_peers", name, *more], Path(own), name) for name in LIBRARIES
+        ]
         try:
-            while True:
-                ended = process.poll() is not None  # asked before reading: nothing is written after it
-                *lines, rest = (rest + rows.read()).split("\n")
-                for line in lines:
-                    emit(json.loads(line))
-                if ended:
-                    return process.returncode
-                if time.monotonic() > end:
-                    return None
+            running = every
+            while running and time.monotonic() < end:
                 time.sleep(0.2)
+                running = [library for library in running if library.forward(emit)]
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and what it started
-            process.wait()
+            for library in every:
+                library.end(emit, seconds)
 
 
 def main(arguments: list[str]) -> int:
@@ -375,11 +417,13 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_peers")
     parser.add_argument("library", choices=list(LIBRARIES))
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=SECONDS)
+    parser.add_argument("--turns", type=Path)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--cpu", action="store_true")
     asked = parser.parse_args(arguments)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    worker(asked.library, asked.out, asked.quick, asked.cpu)
+    worker(asked.library, asked.out, asked.quick, asked.cpu, asked.seconds, Turns(asked.turns))
     return 0
 
 

@@ -8,10 +8,12 @@ told by `faults`: its first losses and its first gradient are compared with floa
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,6 +146,43 @@ def gradient_error(gradient: Sequence[np.ndarray], exact: Sequence[np.ndarray]) 
 
 
 # ---------------------------------------------------------------------------------------------------------- timing
+
+
+class Turns:
+    """Whose turn it is: processes build side by side, and one that takes times is alone.
+
+    `folder`: where their locks are, the same for all of them; None where there is no other process.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+
+    def building(self) -> contextlib.AbstractContextManager[None]:
+        """Within it nobody takes times."""
+        return self._held(shared=True)
+
+    def timing(self) -> contextlib.AbstractContextManager[None]:
+        """Within it nobody builds or takes times."""
+        return self._held(shared=False)
+
+    @contextlib.contextmanager
+    def _held(self, shared: bool) -> Iterator[None]:
+        if self.folder is None:
+            yield
+            return
+        import fcntl
+
+        with (self.folder / "gate").open("a") as gate, (self.folder / "gpu").open("a") as gpu:
+            fcntl.flock(gate, fcntl.LOCK_EX)  # who times waits here, and those who want to build wait behind
+            fcntl.flock(gpu, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            fcntl.flock(gate, fcntl.LOCK_UN)
+            try:
+                yield
+            finally:
+                fcntl.flock(gpu, fcntl.LOCK_UN)  # closing is not enough: a child may have the file open, too
+
+
+ALONE = Turns()
 
 
 class Program(NamedTuple):

@@ -1,13 +1,19 @@
 """This project's own training steps A to D on a GPU, per rung of execution and precision: see `gpu_recipe`.
 
-python -m benchmarks.gpu_steps [FILE]       a line of JSON a row, to stdout and to the file
+python -m benchmarks.gpu_steps [FILE]                       a line of JSON a row, to stdout and to the file
+python -m benchmarks.gpu_steps --build RECIPE PRECISION     its kernels alone, into CuPy's cache on disk
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import json
+import os
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +28,35 @@ from backprop_gpu.network import Views
 from backprop_gpu.regularization import Regularization
 
 from . import gpu_recipe
-from .gpu_recipe import LR, RECIPES, Check, Program, Recipe
+from .gpu_recipe import ALONE, LR, PRECISIONS, RECIPES, Check, Program, Recipe, Turns
 
+ROOT = Path(__file__).resolve().parent.parent
 Emit = Callable[[dict[str, Any]], None]
 RUNGS: tuple[tuple[str, type[Eager], str], ...] = (
     ("graph", Graph, "float32"), ("graph", Graph, "tf32"), ("graph", Graph, "bf16"), ("eager", Eager, "float32"),
 )  # fmt: skip
 
 
-def steps(emit: Emit, recipes: Iterator[Recipe] | None = None) -> bool:
+def steps(emit: Emit, recipes: Sequence[Recipe] = tuple(RECIPES.values()), turns: Turns = ALONE) -> bool:
     """A row for each recipe, rung and precision; whether every one follows the reference."""
     right = True
-    for recipe in recipes or RECIPES.values():
-        check, programs, rows = Check(recipe), {}, {}
+    for recipe in recipes:
+        programs, rows = {}, {}
+        with turns.building():
+            check = Check(recipe)
         for rung, executor_class, precision in RUNGS:
             key = rung, precision
-            try:
-                executor = _executor(recipe, executor_class, precision)
-                with executor.problem.net.backend.active():
-                    rows[key] = check(precision, *_first(recipe, executor))
-                    programs[key] = _program(recipe, executor)
-                rows[key] |= {"executor": executor.rung, "plan": executor.description}
-            except Exception as e:
-                rows[key] = {"error": f"{type(e).__name__}: {e}"[:300]}
-        times = gpu_recipe.timed(programs)
+            with turns.building():
+                try:
+                    executor = executor_of(recipe, executor_class, precision)
+                    with executor.problem.net.backend.active():
+                        rows[key] = check(precision, *_first(recipe, executor))
+                        programs[key] = _program(recipe, executor)
+                    rows[key] |= {"executor": executor.rung, "plan": executor.description}
+                except Exception as e:
+                    rows[key] = {"error": f"{type(e).__name__}: {e}"[:300]}
+        with turns.timing():
+            times = gpu_recipe.timed(programs)
         for (rung, precision), row in rows.items():
             right &= "rejected" not in row and "error" not in row
             emit(
@@ -55,7 +66,26 @@ def steps(emit: Emit, recipes: Iterator[Recipe] | None = None) -> bool:
     return right
 
 
-def _executor(recipe: Recipe, kind: type[Eager], precision: str) -> Eager:
+def build_ahead(limit: float) -> None:
+    """Compile the kernels of all graphs, each in a process: NVRTC takes a second or more for one, on one core.
+
+    Stops after `limit` seconds. What does not compile is told when it is to run.
+    """
+    end = time.monotonic() + limit
+
+    def build(name: str, precision: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.gpu_steps", "--build", name, precision]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, cwd=ROOT, capture_output=True, timeout=max(0.1, end - time.monotonic()))
+
+    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as pool:
+        for name in reversed(RECIPES):  # the largest data first
+            for precision in PRECISIONS:
+                pool.submit(build, name, precision)
+
+
+def executor_of(recipe: Recipe, kind: type[Eager], precision: str) -> Eager:
+    """What trains the recipe's network on the recipe's data."""
     X, y = gpu_recipe.data()
     net = bp.Network(list(recipe.layers), precision=precision, seed=0, backend="cupy")
     with net.backend.active():
@@ -64,7 +94,8 @@ def _executor(recipe: Recipe, kind: type[Eager], precision: str) -> Eager:
         return kind(problem, bp.Adam(LR), recipe.m, 0, recipe.steps)
 
 
-def _begin(recipe: Recipe, executor: Eager) -> None:
+def begin(recipe: Recipe, executor: Eager) -> None:
+    """An epoch of the recipe's steps."""
     order = gpu_recipe.order(recipe, recipe.steps).ravel()
     executor.begin(order, [recipe.m * i for i in range(recipe.steps + 1)], [LR] * recipe.steps, 1)
 
@@ -82,7 +113,7 @@ def _first(recipe: Recipe, executor: Eager) -> tuple[list[float], list[np.ndarra
     order = gpu_recipe.order(recipe, recipe.steps).ravel()
     ends = [recipe.m * i for i in range(recipe.steps + 1)]
     views = Views(to_host(executor._first_gradient(order, ends)), net.layers, net.biased)
-    _begin(recipe, executor)
+    begin(recipe, executor)
     _run(recipe, executor)
     gradient = [g for l in range(1, net.L + 1) for g in (views.W[l], views.b[l])]
     return (to_host(executor.measured)[: recipe.steps, 0] / recipe.m).tolist(), gradient
@@ -91,7 +122,7 @@ def _first(recipe: Recipe, executor: Eager) -> tuple[list[float], list[np.ndarra
 def _program(recipe: Recipe, executor: Eager) -> Program:
     """The same steps again and again, from wherever theta is."""
     stream = executor.problem.net.backend.xp.cuda.get_current_stream()
-    _begin(recipe, executor)
+    begin(recipe, executor)
     if isinstance(executor, Graph):
         first = executor._state.copy()
 
@@ -107,6 +138,12 @@ def _program(recipe: Recipe, executor: Eager) -> Program:
 
 def main() -> int:
     """Results to stdout, and to a file where one is named."""
+    if sys.argv[1:2] == ["--build"]:
+        recipe, precision = RECIPES[sys.argv[2]], sys.argv[3]
+        executor = executor_of(recipe, Graph, precision)
+        with executor.problem.net.backend.active():
+            _first(recipe, executor)
+        return 0
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else None
 
     def emit(row: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """What a real card has to say, part by part: `benchmarks/on_gpu.sh DIRECTORY` runs them all.
 
     python -m benchmarks.on_gpu DIRECTORY           all parts, each a process with a time limit of its own
-    python -m benchmarks.on_gpu DIRECTORY PART      one of them, its results added to those that are there
-    python -m benchmarks.on_gpu --cases             every operation on small awkward arrays against NumPy, without pool;
+    python -m benchmarks.on_gpu DIRECTORY PART [SECONDS]    one of them, its results added to those that are there
+    python -m benchmarks.on_gpu --cases [I/N]       every operation on small awkward arrays, and whole small steps,
+                                                    against NumPy, without pool; or the I-th of N shares of them;
                                                     with --unwritten outputs hold nothing before, not NaNs
 
 Results go to DIRECTORY/results.jsonl, one line each as they come, and to DIRECTORY/summary.md. Times of kernels are
@@ -11,7 +12,9 @@ device times: CUDA events around a graph of many launches. Exits with 1 where a 
 
 from __future__ import annotations
 
+import argparse
 import collections
+import concurrent.futures
 import contextlib
 import functools
 import glob
@@ -29,7 +32,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,18 +44,16 @@ from backprop_gpu import costs, cuda_source, dropout, numpy_ops, report
 from backprop_gpu.activations import HIDDEN, OUTPUT
 from backprop_gpu.backend import Backend, to_host
 from backprop_gpu.costs import COSTS
-from backprop_gpu.executors import Eager, Problem
-from backprop_gpu.inputs import Samples
 from backprop_gpu.network import Views
 from backprop_gpu.optimizers import OPTIMIZERS, choose_optimizer
 from backprop_gpu.regularization import Regularization
 
-from . import gpu_cublaslt, gpu_floors, gpu_peers, gpu_recipe, gpu_steps
+from . import gpu_arch, gpu_counters, gpu_cublaslt, gpu_floors, gpu_peers, gpu_recipe, gpu_step_cases, gpu_steps
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {  # seconds, in the order in which the parts come
-    "environment": 30, "floors": 60, "kernels": 100, "cublaslt": 80, "steps": 330, "mnist": 60, "counts": 40,
-    "sanitizer": 110, "tests": 240,
+LIMITS = {  # seconds, in the order in which the parts come; what one leaves over is the next ones'
+    "environment": 10, "floors": 20, "kernel_tests": 60, "kernels": 30, "cublaslt": 25, "steps": 175, "counters": 25,
+    "mnist": 25, "counts": 10, "sanitizer": 50, "tests": 50,
 }  # fmt: skip
 BUSY = 0.1  # a spread (largest - least, over the median) above this is flagged
 
@@ -67,10 +68,18 @@ class Verdict(NamedTuple):
 
 
 class Record:
-    """The results of one part: a line of JSON each, on disk as soon as it is known."""
+    """The results of one part: a line of JSON each, on disk as soon as it is known.
 
-    def __init__(self, directory: Path, part: str) -> None:
+    `seconds`: after which the part will be ended.
+    """
+
+    def __init__(self, directory: Path, part: str, seconds: float = 600) -> None:
         self.path, self.part = directory / "results.jsonl", part
+        self._end = time.monotonic() + seconds
+
+    def left(self, margin: float = 0) -> float:
+        """The seconds that the part has, but for a margin."""
+        return max(0.1, self._end - time.monotonic() - margin)
 
     def __call__(self, what: str, **result: Any) -> None:
         """Add a result."""
@@ -85,7 +94,7 @@ def read(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-# ------------------------------------------------------------------------------------------------- 1. environment
+# ------------------------------------------------------------------------------------------------- environment
 
 
 def environment(record: Record) -> Verdict:
@@ -155,21 +164,51 @@ def _output(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-# ------------------------------------------------------------------------------------------------------- 2. tests
+# ------------------------------------------------------------------------------------------------------- tests
+
+
+KERNEL_TESTS = tuple(f"tests/test_{name}.py" for name in ("kernels", "step_kernels", "arch", "graph"))
+
+
+def kernel_tests(record: Record) -> Verdict:
+    """Each architecture function alone; every kernel against float64, its outputs poisoned before, by the suite."""
+    be, rows = backends.choose("cupy"), []
+
+    def emit(row: dict[str, Any]) -> None:
+        rows.append(row)
+        record("function", **row)
+
+    right = gpu_arch.functions(emit, be, gpu_step_cases.arch_of(be.xp))
+    ok, figures = _suite(record, KERNEL_TESTS)
+    wrong = [row["function"] for row in rows if not (row.get("right") and row.get("same_bits"))]
+    told = f"{len(rows)} functions of arch.cuh alone, wrong: {', '.join(wrong) or 'none'}"
+    return Verdict(ok and right, [told, *figures])
 
 
 def tests(record: Record) -> Verdict:
-    """The suite's GPU tests; one that is skipped for want of a GPU has failed."""
+    """The rest of the suite's GPU tests."""
+    return _suite(record, [f"--ignore={path}" for path in KERNEL_TESTS])
+
+
+def _suite(record: Record, which: Sequence[str]) -> Verdict:
+    """GPU tests; one that is skipped for want of a GPU has failed."""
     if importlib.util.find_spec("pytest") is None:
         return Verdict(False, ["pytest is not installed", "cure: pip install pytest hypothesis"])
-    spread = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    workers = max(1, min(15, (os.cpu_count() or 1) - 1))
+    spread = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}"]
-        done = subprocess.run(
-            [*command, *spread],
-            cwd=ROOT, env={**os.environ, "BACKPROP_GPU_REQUIRE": "1"}, capture_output=True, text=True,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                [*command, *spread, *which],
+                cwd=ROOT, env={**os.environ, "BACKPROP_GPU_REQUIRE": "1"}, capture_output=True, text=True,
+                timeout=record.left(2),
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as e:
+            tail = _tail((e.stdout or b"").decode(errors="replace"), 40)
+            record("suite", returncode=None, tail=tail)
+            return Verdict(False, ["there was no time for all tests", *tail[-3:]])
         if not xml.exists():
             record("suite", returncode=done.returncode, tail=_tail(done.stdout + done.stderr, 40))
             return Verdict(False, ["pytest did not run", *_tail(done.stdout + done.stderr, 3)])
@@ -205,7 +244,7 @@ def _tail(text: str, n: int) -> list[str]:
     return [line for line in text.splitlines() if line.strip()][-n:]
 
 
-# ------------------------------------------------------------------------------------- 3. small cases, and sanitizer
+# ------------------------------------------------------------------------------------- small cases, and sanitizer
 
 SIZES = ((1, 1), (33, 31), (300, 8), (5, 1032))  # a rest in each walk; several chunks of rows; a block for a row
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
@@ -386,10 +425,11 @@ def run_cases(
     sizes: Sequence[tuple[int, int]] = SIZES,
     dtypes: Sequence[np.dtype[Any]] = DTYPES,
     poison: bool = True,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[int, list[str]]:
-    """How many cases ran on this backend, and what was wrong in a line each.
+    """How many cases of operations ran on this backend, and what was wrong in a line each.
 
-    `poison`: outputs hold NaNs, or -1, before; else nothing was ever written there.
+    `poison`: outputs hold NaNs, or -1, before; else nothing was ever written there. `share`: (i, n), the i-th of n.
     """
 
     def to(a: np.ndarray | Unwritten) -> Any:
@@ -402,7 +442,7 @@ def run_cases(
     n, wrong = 0, []
     for dtype in dtypes:
         for size in sizes:
-            for name, call in cases(dtype, *size):
+            for name, call in _shared(cases(dtype, *size), share):
                 n += 1
                 where = f"{name}, {size[0]} x {size[1]} {dtype}"
                 try:
@@ -411,7 +451,7 @@ def run_cases(
                     with be.active():
                         got = [to_host(a) for a in call(be.ops, to)]
                 except Exception as e:
-                    wrong.append(f"{where}: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
+                    wrong.append(f"{where}: {_line(e)}")
                     continue
                 wrong += [
                     f"{where}: result {i} is off by {off:.3g}"
@@ -421,58 +461,87 @@ def run_cases(
     return n, wrong
 
 
+def run_step_cases(be: Backend, poison: bool = True, share: tuple[int, int] = (0, 1)) -> tuple[int, list[str]]:
+    """As `run_cases`, of whole steps."""
+    n, wrong = 0, []
+    for case in _shared(gpu_step_cases.step_cases(gpu_step_cases.arch_of(be.xp)), share):
+        n += 1
+        where = f"a step, {case.name}, {case.precision}"
+        try:
+            wrong += [f"{where}: {what}" for what in gpu_step_cases.run_case(case, poison)]
+        except Exception as e:
+            wrong.append(f"{where}: {_line(e)}")
+    return n, wrong
+
+
+def _shared(every: Iterable[Any], share: tuple[int, int]) -> Iterator[Any]:
+    """Those of a share, (i, n) for the i-th of n. A case and its kernels are in the same share at every size."""
+    return (one for k, one in enumerate(every) if k % share[1] == share[0])
+
+
 def distance(a: np.ndarray, b: np.ndarray) -> float:
     """The largest difference, in parts of the largest element of b, or of 1."""
     largest = max(1.0, float(np.abs(b).max(initial=0)))
     return float(np.abs(a.astype(np.float64) - b).max(initial=0)) / largest
 
 
-def print_cases(poison: bool) -> int:
+def print_cases(poison: bool, share: tuple[int, int]) -> int:
     """The cases on the GPU, with no memory pool, in which bytes beyond an array would go unnoticed."""
     be = backends.choose("cupy")
     be.xp.cuda.set_allocator(None)
-    n, wrong = run_cases(be, poison=poison)
+    parts = [run_cases(be, poison=poison, share=share), run_step_cases(be, poison, share)]
+    n, wrong = sum(n for n, _ in parts), [line for _, wrong in parts for line in wrong]
     print(*wrong, f"cases: {n} run, {len(wrong)} wrong", sep="\n", flush=True)
     return 1 if wrong else 0
 
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SHARES = 3  # of the cases, side by side: each tool makes kernels many times slower, and Python, too
 CASES = re.compile(r"^cases: (\d+) run, (\d+) wrong$", re.M)
 
 
-def sanitizer(record: Record, limit: float = 60) -> Verdict:
+def sanitizer(record: Record) -> Verdict:
     """The cases alone, then under each tool of compute-sanitizer at the same time."""
+    shares = [f"{i}/{SHARES}" for i in range(SHARES)]
     command = [sys.executable, "-m", "benchmarks.on_gpu", "--cases"]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=45)
-    except subprocess.TimeoutExpired:
-        return Verdict(False, ["the cases took more than 45 s"])
-    counted = CASES.search(done.stdout)
-    record("cases", tool=None, returncode=done.returncode, tail=_tail(done.stdout + done.stderr, 40))
-    if counted is None:
-        return Verdict(False, ["the cases did not run to their end", *_tail(done.stdout + done.stderr, 3)])
-    ok: Ok = done.returncode == 0
-    figures = [f"{counted[1]} cases against NumPy, {counted[2]} wrong", *done.stdout.splitlines()[:-1][:10]]
+    plain = _side_by_side({share: [*command, share] for share in shares}, record.left() / 2)
+    counted = {share: CASES.search(text) for share, text in plain.items()}
+    for share, text in plain.items():
+        record("cases", tool=None, share=share, tail=_tail(text, 40))
+        if counted[share] is None:
+            return Verdict(False, ["the cases did not run to their end", *_tail(text, 3)])
+    n, n_wrong = (sum(int(found[i]) for found in counted.values() if found) for i in (1, 2))
+    lines = [line for text in plain.values() for line in text.splitlines() if not CASES.match(line)]
+    figures = [f"{n} cases against NumPy, {n_wrong} wrong", *(lines[:10] if n_wrong else [])]
+    ok: Ok = n_wrong == 0
     tool = find_sanitizer()
     if tool is None:
         record("sanitizer", ran=False, why="compute-sanitizer is not installed")
         return Verdict(ok and None, [*figures, "compute-sanitizer: not run, it is not installed"])
-    ran = False
-    version = _output(tool, "--version") or ""
-    for name, text in _side_by_side(tool, [*command, "--unwritten"], limit).items():
-        found = findings(text, kernel_names())
-        record("sanitizer", tool=name, version=_tail(version, 1), **found)
-        ran |= found["ran"]
-        if not found["ran"]:
-            figures.append(f"{name}: not run, {found['why']}")
-            continue
-        ok = ok and not found["ours"] and not found["cases_wrong"]
-        figures.append(
-            f"{name}: {len(found['ours'])} findings in our kernels, {sum(found['foreign'].values())} in others, "
-            f"{found['cases_wrong']} cases wrong"
-            + "".join(f"; {one['kernels']}: {one['text'][0]}" for one in found["ours"][:3])
-        )
-    return Verdict(ok if ran or not ok else None, figures)
+    calls = {}
+    for name in TOOLS:
+        more = ["--report-api-errors", "no"] if name == "memcheck" else []
+        for share in shares:
+            call = [tool, "--tool", name, *more, "--print-limit", "200", *command, share, "--unwritten"]
+            calls[name, share] = call
+    said, version, ours = _side_by_side(calls, record.left(3)), _output(tool, "--version") or "", kernel_names()
+    for name in TOOLS:
+        every = [(share, findings(said[name, share], ours)) for share in shares]
+        for share, found in every:
+            record("sanitizer", tool=name, share=share, version=_tail(version, 1), **found)
+        ran = [found for _, found in every if found["ran"]]
+        mine = [one for found in ran for one in found["ours"]]
+        wrong = sum(found["cases_wrong"] for found in ran)
+        if mine or wrong:
+            ok = False
+        elif len(ran) < SHARES:
+            ok = ok and None
+        others = sum(sum(found["foreign"].values()) for found in ran)
+        told = [f"{len(mine)} findings in our kernels, {others} in others, {wrong} cases wrong"] if ran else []
+        told += [f"share {share} not run, {found['why']}" for share, found in every if not found["ran"]]
+        told += [f"{one['kernels']}: {one['text'][0]}" for one in mine[:3]]
+        figures.append(f"{name}: {'; '.join(told)}")
+    return Verdict(ok, figures)
 
 
 def find_sanitizer() -> str | None:
@@ -481,15 +550,13 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(places))
 
 
-def _side_by_side(tool: str, command: list[str], limit: float) -> dict[str, str]:
-    """What each tool printed; processes of this one's group, so that whoever ends it ends them."""
+def _side_by_side(commands: Mapping[Any, list[str]], limit: float) -> dict[Any, str]:
+    """What each command printed; processes of this one's group, so that whoever ends it ends them."""
     with contextlib.ExitStack() as stack:
         under = {}
-        for name in TOOLS:
+        for name, command in commands.items():
             out = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
-            more = ["--report-api-errors", "no"] if name == "memcheck" else []
-            call = [tool, "--tool", name, *more, "--print-limit", "200", *command]
-            under[name] = out, subprocess.Popen(call, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+            under[name] = out, subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
         end, texts = time.monotonic() + limit, {}
         for name, (out, process) in under.items():
             try:
@@ -508,7 +575,7 @@ def kernel_names() -> set[str]:
     """Of all kernels of kernels/."""
     folder = ROOT / "kernels"
     texts = (path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.cu")))
-    defines = "#define REAL float\n#define SOURCE float\n"
+    defines = "".join(f"#define {macro} float\n" for macro in ("REAL", "SOURCE", "TARGET"))
     return {name for text in texts for name in cuda_source.signatures(defines + text)}
 
 
@@ -542,13 +609,12 @@ def findings(text: str, ours: set[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------- 4. times of kernels
+# --------------------------------------------------------------------------------------------- times of kernels
 
-BATCHES = (128, 1024, 8192)
-WIDTHS = (100, 512, 2048)
+SHAPES = ((128, 100), (128, 512), (1024, 512), (8192, 2048))  # samples, units: hidden layers of steps A to D
 PIXELS, CLASSES = 784, 10
 NETWORKS = ((784, 100, 10), (784, 512, 512, 10), (784, 2048, 2048, 10))
-LAUNCHES, REPEATS = 20, 9
+LAUNCHES, REPEATS = 20, 7
 
 
 def device_times(call: Callable[[], Any], launches: int = LAUNCHES, repeats: int = REPEATS) -> tuple[list[float], str]:
@@ -607,8 +673,7 @@ class Row(NamedTuple):
 
 def kernel_rows(
     be: Backend,
-    batches: Sequence[int] = BATCHES,
-    widths: Sequence[int] = WIDTHS,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
     networks: Sequence[Sequence[int]] = NETWORKS,
 ) -> Iterator[Row]:
     """Every kernel at the shapes that matter, float32. Products of matrices are not in it: see `without_products`."""
@@ -621,7 +686,7 @@ def kernel_rows(
     def empty(*shape: int) -> Any:
         return cp.empty(shape, dtype)
 
-    for m in batches:
+    for m in dict.fromkeys(m for m, _ in shapes):
         images = be.asarray(rng.integers(0, 256, (4 * m, PIXELS), np.uint8))
         labels_of_all = be.asarray(rng.integers(0, CLASSES, 4 * m))
         order = be.asarray(rng.permutation(4 * m)[:m])
@@ -676,7 +741,7 @@ def kernel_rows(
 
         yield Row("share", f"{m}", functools.partial(ops.share, w, C), share_plain, 3 * size * m)
 
-        for n in widths:
+        for n in (n for its, n in shapes if its == m):
             yield from _layer_rows(be, m, n, real, empty)
         M, sums = real(m, CLASSES), empty(CLASSES)
         yield Row(
@@ -851,12 +916,11 @@ def _line(e: Exception) -> str:
     return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
 
 
-# ------------------------------------------------------------------------------------------------------- 5. MNIST
+# ------------------------------------------------------------------------------------------------------- MNIST
 
 GOAL = 0.98
 # 98.1 to 98.4 % on NumPy for seeds 0, 1, 2; this seed's margin is the largest, for rounding moves it by 0.1 %.
 LAYERS, RATE, SCHEDULE, SMOOTHING, EPOCHS, BATCH, SEED = (784, 100, 10), 0.01, "one_cycle", 0.05, 8, 128, 1
-STEPS = (((784, 100, 10), 128), ((784, 512, 512, 10), 128), ((784, 512, 512, 10), 1024), ((784, 2048, 2048, 10), 8192))
 CURVES = 0.01  # most that two curves of the cost may differ by
 
 
@@ -866,9 +930,8 @@ def mnist(
     layers: Sequence[int] = LAYERS,
     epochs: int = EPOCHS,
     goal: float = GOAL,
-    steps: Sequence[tuple[Sequence[int], int]] = STEPS,
 ) -> Verdict:
-    """The same run on GPU and NumPy: both reach 98 %, and their costs fall alike; then a step's time."""
+    """The same run on GPU and NumPy: both reach 98 %, and their costs fall alike."""
     train, test = bp.datasets.load("mnist") if data is None else data
     runs = {}
     for name in ("cupy", "numpy"):
@@ -906,13 +969,6 @@ def mnist(
         for name, run in runs.items()
     ]
     figures.append(f"the costs of {epochs} epochs differ by {max(off):.2g} at most (limit {CURVES})")
-    for widths, m in steps:
-        timed = step_time(widths, m)
-        record("step", layers=widths, batch=m, **timed)
-        figures.append(
-            f"a step of {'-'.join(map(str, widths))}, m={m}, Adam, eager: {timed['us']:.1f} us, "
-            f"of which Python {timed['python_us']:.1f} us"
-        )
     return Verdict(all(run["goal_steps"] for run in runs.values()) and max(off) <= CURVES, figures)
 
 
@@ -924,33 +980,7 @@ def reached(history: bp.History, goal: float) -> dict[str, Any]:
     return {"goal_steps": None, "goal_seconds": None}
 
 
-def step_time(layers: Sequence[int], m: int, steps: int = 40, repeats: int = 7) -> dict[str, Any]:
-    """Of a step on the GPU, `steps` in a row between two synchronisations; and until Python alone is done with them."""
-    be = backends.choose("cupy")
-    rng, net = np.random.default_rng(0), bp.Network(list(layers), seed=0, backend="cupy")
-    X = rng.integers(0, 256, (m, layers[0])).astype(np.uint8)
-    with be.active():
-        samples = Samples(be.asarray(X), be.asarray(rng.integers(0, layers[-1], m)), None, "labels")
-        executor = Eager(
-            Problem(net, COSTS["cross_entropy"], samples, "mean", Regularization(), 0), bp.Adam(1e-4), m, 0, 1
-        )
-        measured = be.zeros(2, np.dtype(np.float64))
-        seconds, python = [], []
-        for repeat in range(repeats + 1):
-            executor.begin(np.arange(m), [0, m], [1e-4] * steps, 1 + repeat * steps)
-            float(measured[0])  # waits
-            start = time.perf_counter()
-            for i in range(steps):
-                executor.step(i, 0, m, measured)
-            issued = time.perf_counter()
-            float(measured[0])
-            if repeat:  # the first warms up
-                seconds.append((time.perf_counter() - start) / steps)
-                python.append((issued - start) / steps)
-    return {**summarised(seconds), "python_us": 1e6 * statistics.median(python)}
-
-
-# ------------------------------------------------------------------------------------------------------ 6. counts
+# ------------------------------------------------------------------------------------------------------ counts
 
 
 @contextlib.contextmanager
@@ -1094,7 +1124,7 @@ def count_run(X: Any, T: Any, layers: Sequence[int], epochs: int = 2, **settings
     }  # fmt: skip
 
 
-# ----------------------------------------------------------------------------- 7. floors, cuBLASLt, steps and peers
+# ----------------------------------------------------------------------------- floors, cuBLASLt, steps and peers
 
 
 def floors(record: Record) -> Verdict:
@@ -1111,20 +1141,27 @@ def floors(record: Record) -> Verdict:
 def library(record: Record) -> Verdict:
     """What cuBLASLt offers for each product, and whether it is right."""
     offered: list[dict[str, Any]] = []
-    ok = gpu_cublaslt.probe(lambda row: (offered.append(row), record("product", **_without_part(row)))[-1])
-    return Verdict(bool(ok), [f"{len(offered)} rows"])
+    ok = gpu_cublaslt.probe(
+        lambda row: (offered.append(row), record("product", **_without_part(row)))[-1], seconds=record.left(10)
+    )
+    return Verdict(bool(ok), [f"{sum('skipped' not in row for row in offered)} rows"])
 
 
 def steps(record: Record) -> Verdict:
-    """Steps A to D: this project's rungs, then its peers'."""
+    """Steps A to D: this project's rungs, and its peers', which build beside it and are timed in turn."""
     rows: list[dict[str, Any]] = []
 
     def emit(row: dict[str, Any]) -> None:
         rows.append(row)
         record("step", **_without_part(row))
 
-    ok = gpu_steps.steps(emit)
-    gpu_peers.peers(emit)
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(1) as beside:
+        turns = gpu_recipe.Turns(Path(folder))
+        peers = beside.submit(gpu_peers.peers, emit, record.left(5), Path(folder))
+        with turns.building():
+            gpu_steps.build_ahead(40)
+        ok = gpu_steps.steps(emit, turns=turns)
+        peers.result()
     figures = []
     for recipe in gpu_recipe.RECIPES:
         for precision in gpu_recipe.PRECISIONS:
@@ -1138,6 +1175,24 @@ def steps(record: Record) -> Verdict:
     return Verdict(ok, figures)
 
 
+def counters(record: Record) -> Verdict:
+    """Hardware counters of the kernels of steps A and B."""
+    told = gpu_counters.counters(lambda row: record("counters", **row), record.left(3))
+    if not told.rows:
+        record("counters", ran=False, why=told.why)
+        return Verdict(None if told.refused else False, [f"not run: {told.why}" if told.refused else told.why])
+    figures = []
+    for row in told.rows:
+        stall = next(iter(row["stalls"]), "nothing")
+        at = ", ".join(f"{row[f'{unit}_percent'] or 0:.0f} % of {unit}" for unit in ("processors", "l2", "memory"))
+        figures.append(
+            f"{row['recipe']} {row['precision']} {row['kernel']}: {(row['duration_ns'] or 0) / 1e3:.1f} us, {at}, "
+            f"{row['warps_active_percent'] or 0:.0f} % of warps, {row['registers'] or 0:.0f} registers, "
+            f"waits for {stall}"
+        )
+    return Verdict(True, figures)
+
+
 def _without_part(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in ("part", "what")}
 
@@ -1145,14 +1200,14 @@ def _without_part(row: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- all parts, summary
 
 PARTS: dict[str, Callable[[Record], Verdict]] = {
-    "environment": environment, "tests": tests, "sanitizer": sanitizer, "kernels": kernels, "mnist": mnist,
-    "counts": counts, "floors": floors, "cublaslt": library, "steps": steps,
+    "environment": environment, "floors": floors, "kernel_tests": kernel_tests, "kernels": kernels, "cublaslt": library,
+    "steps": steps, "counters": counters, "mnist": mnist, "counts": counts, "sanitizer": sanitizer, "tests": tests,
 }  # fmt: skip
 
 
-def run_part(directory: Path, part: str) -> int:
+def run_part(directory: Path, part: str, seconds: float) -> int:
     """One part, in this process; its verdict is its last result."""
-    record = Record(directory, part)
+    record = Record(directory, part, seconds)
     try:
         ok, figures = PARTS[part](record)
     except Exception as e:
@@ -1168,16 +1223,19 @@ def run_all(directory: Path, command: Sequence[str] = (sys.executable, "-m", "be
     """Every part in turn, whatever became of the one before; only without a GPU the first is the last."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "results.jsonl").write_text("")
+    end = time.monotonic()  # of the part, if it takes all that it may
     for part, limit in LIMITS.items():
-        start = time.perf_counter()
-        record, code, output = Record(directory, part), *_limited([*command, str(directory), part], limit)
+        end, start = end + limit, time.monotonic()
+        seconds = end - start
+        code, output = _limited([*command, str(directory), part, f"{seconds:.1f}"], seconds)
+        record, took = Record(directory, part), time.monotonic() - start
         verdicts = [r for r in read(directory) if r["part"] == part and r["what"] == "verdict"]
         if not verdicts:
-            why = f"it took more than {limit} s" if code is None else f"it ended with code {code}"
+            why = f"it took more than {seconds:.0f} s" if code is None else f"it ended with code {code}"
             record("verdict", ok=False, figures=[why, *_tail(output, 3)], tail=_tail(output, 40))
             verdicts = [r for r in read(directory) if r["part"] == part][-1:]
-        record("time", seconds=time.perf_counter() - start)
-        print(f"{part}: {WORDS[verdicts[-1]['ok']]}, {time.perf_counter() - start:.0f} s")
+        record("time", seconds=took)
+        print(f"{part}: {WORDS[verdicts[-1]['ok']]}, {took:.0f} s")
         print(*(f"    {line}" for line in verdicts[-1]["figures"]), sep="\n", flush=True)
         (directory / "summary.md").write_text(summary(read(directory)), encoding="utf-8")
         if part == "environment" and verdicts[-1]["ok"] is False:
@@ -1250,16 +1308,21 @@ def _cell(text: str) -> str:
 
 def main(arguments: list[str]) -> int:
     """What the command line asks for."""
-    if arguments[:1] == ["--cases"] and arguments[1:] in ([], ["--unwritten"]):
-        return print_cases(poison=len(arguments) == 1)
-    if len(arguments) == 1 and not arguments[0].startswith("-"):
-        return run_all(Path(arguments[0]).resolve())
-    if len(arguments) == 2 and arguments[1] in PARTS:
-        return run_part(Path(arguments[0]).resolve(), arguments[1])
-    print(
-        f"usage: python -m benchmarks.on_gpu DIRECTORY [{'|'.join(PARTS)}], or --cases [--unwritten]", file=sys.stderr
-    )
-    return 2
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.on_gpu")
+    parser.add_argument("directory", type=Path, nargs="?")
+    parser.add_argument("part", choices=list(PARTS), nargs="?")
+    parser.add_argument("seconds", type=float, nargs="?")
+    parser.add_argument("--cases", nargs="?", const="0/1", metavar="I/N", help="a share of the cases")
+    parser.add_argument("--unwritten", action="store_true")
+    asked = parser.parse_args(arguments)
+    if asked.cases and asked.directory is None:
+        i, n = map(int, asked.cases.split("/"))
+        return print_cases(not asked.unwritten, (i, n))
+    if asked.directory is None or asked.cases:
+        parser.error("either a directory or --cases")
+    if asked.part is None:
+        return run_all(asked.directory.resolve())
+    return run_part(asked.directory.resolve(), asked.part, asked.seconds or LIMITS[asked.part])
 
 
 if __name__ == "__main__":
