@@ -854,6 +854,11 @@ class _Module(types.ModuleType):
         return _lift(value, name) if callable(value) and not isinstance(value, type) else value
 
 
+def is_fake(xp):
+    """Whether an array module is the stand-in."""
+    return isinstance(xp, _Module)
+
+
 def module():
     """A fresh `cupy` module."""
     cupy = _Module("cupy")
