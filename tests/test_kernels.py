@@ -2,6 +2,7 @@
 
 import itertools
 
+import fake_cublaslt
 import fake_cupy
 import kernel_variants
 import kernels_on_cpu
@@ -660,6 +661,88 @@ def test_launches_are_guarded(device, dtype):
         ops.gather(M, labels[:3], M)
     with pytest.raises(TypeError, match="takes 3 arguments, not 2"):
         ops.launch(ops.kernel_of("share.cu", "share", dtype), (1,), (32,), C, C)
+
+
+# --------------------------------------------------------------------------------------------- copies in bf16
+
+
+EVERY_KIND = [0, -0.0, 1, 1 + 2**-8, 1 + 2**-7, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -3.3, 3.4e38, np.inf, -np.inf, 1e-38]
+PADDED = [(1, 1, 8), (5, 8, 8), (7, 12, 16), (33, 31, 32), (300, 20, 24), (3, 1032, 1032)]  # m, n, ld
+
+
+def bf16(a):
+    return fake_cublaslt.to_bf16(np.asarray(a, np.float32))
+
+
+def padded(a, ld):
+    """In rows of ld numbers, of which those behind the row stay as they were."""
+    whole = np.full((len(a), ld), 0xABCD, np.uint16)
+    whole[:, : a.shape[1]] = bf16(a)
+    return whole
+
+
+def test_rows_rounded_to_bf16(device, dtype, rng):
+    kernel = device.ops.kernel_of("round.cu", "round_rows", dtype)
+    for m, n, ld in PADDED:
+        a = rng.normal(size=(m, n)).astype(dtype)
+        a.reshape(-1)[: len(EVERY_KIND)] = np.resize(EVERY_KIND, min(a.size, len(EVERY_KIND)))
+        for start in (0, 1):  # aligned, and not
+            to = device.asarray(np.full(m * ld + 8, 0xABCD, np.uint16))
+            its = device.asarray(np.concatenate([np.zeros(start), a.reshape(-1)]).astype(dtype))[start:]
+            device.ops.launch(kernel, (2,), (256,), its, to[: m * ld], m, n, ld)
+            np.testing.assert_array_equal(to_host(to)[: m * ld].reshape(m, ld), padded(a, ld))
+            assert (to_host(to)[m * ld :] == 0xABCD).all()
+
+
+def test_a_nan_rounded_to_bf16_is_one(device):
+    nans = np.array([np.nan, -np.nan] * 4, np.float32)
+    nans.view(np.uint32)[:2] = 0x7F800001, 0xFFFFFFFF
+    to = device.asarray(np.zeros(8, np.uint16))
+    kernel = device.ops.kernel_of("round.cu", "round_rows", np.dtype(np.float32))
+    device.ops.launch(kernel, (1,), (256,), device.asarray(nans), to, 1, 8, 8)
+    assert np.isnan(fake_cublaslt.from_bf16(to_host(to))).all()
+
+
+def test_hidden_delta_left_in_bf16(device, grid, dtype, rng):
+    """Delta in bf16 alone, the sums as ever."""
+    ops = device.ops
+    for m, n, ld in PADDED:
+        product, K = (rng.normal(size=(m, n)).astype(dtype) for _ in range(2))
+        mask = abs(rng.normal(size=(m, n))).astype(dtype)
+        wanted = mask * product * (K > 0)
+        kernel = ops.kernel_of("hidden_delta.cu", "hidden_delta", dtype, **cuda_source.activation(HIDDEN["relu"]))
+        Delta, db = on(device, product), on(device, np.zeros(n, dtype))
+        rounded = device.asarray(np.full((m, ld), 0xABCD, np.uint16))
+        ops._in_strips(kernel, Delta, db, (on(device, K), on(device, mask)), (rounded, ld))
+        np.testing.assert_array_equal(to_host(rounded), padded(wanted, ld))
+        np.testing.assert_array_equal(to_host(Delta), product)
+        close(db, wanted.sum(axis=0), m)
+
+
+@pytest.mark.parametrize("rule", [SGD(0.1), Adam(0.01)], ids=repr)
+def test_the_update_rounds_weights(device, grid, dtype, rng, rule):
+    """W of two layers among other numbers: (rows, columns, row of the copy); the rest has no copy."""
+    layers, gap = [(5, 12, 16), (8, 9, 16), (3, 16, 16), (1, 31, 32)], 16
+    theta, table, copies, places = [], [], 0, []
+    for rows, n, ld in layers:
+        at = sum(a.size for a in theta)
+        table.append((at, rows * n, n, copies, ld))
+        places.append((at, copies))
+        theta += [rng.normal(size=rows * n), np.zeros(-rows * n % 16), rng.normal(size=gap)]
+        copies += rows * ld
+    whole = np.concatenate(theta).astype(dtype)
+    g = rng.normal(size=whole.size).astype(dtype)
+    slots = tuple(on(device, np.zeros_like(whole)) for _ in range(rule.slots))
+    its, rounded = on(device, whole), device.asarray(np.full(copies, 0xABCD, np.uint16))
+    row = device.ops.step_rows(rule, [0.1], 1)[0]
+    measured, diverged = device.zeros(2, np.dtype(np.float64)), device.asarray(np.zeros(1, np.int64))
+    both_of = device.asarray(np.array(table, np.int64)), rounded
+    device.ops.update_step(rule, its, on(device, g), slots, row, measured, diverged, copies=both_of)
+    after, left = to_host(its), to_host(rounded)
+    assert (after != whole).any()
+    for (rows, n, ld), (at, copy) in zip(layers, places, strict=True):
+        W = after[at : at + rows * n].reshape(rows, n)
+        np.testing.assert_array_equal(left[copy : copy + rows * ld].reshape(rows, ld), padded(W, ld))
 
 
 def test_the_same_bits_in_any_order(rng):

@@ -14,6 +14,7 @@ import kernels_on_cpu
 import numpy as np
 import pytest
 from conftest import all_ran
+from fake_cublaslt import to_bf16
 from test_kernels import MODES, PAIRS, RULES, device  # noqa: F401
 
 import backprop_gpu as bp
@@ -765,6 +766,57 @@ def test_after_an_unusual_number_no_parameter_changes(device, rule):  # noqa: F8
             assert step.get(name).tobytes() == step.host[name][0].tobytes()
         assert step.unusual == 5
         assert np.isfinite(step.get("measured")[NUMBER]).all()
+
+
+# ------------------------------------------------------------------------------------------------- copies in bf16
+
+
+@pytest.mark.parametrize("layers", [(12, 9, 10, 5), (12, 9, 12, 5)], ids=repr)
+@pytest.mark.parametrize("few", [False, True])
+def test_the_head_leaves_delta_in_bf16(device, layers, few):  # noqa: F811
+    usual = Step(Case(layers, few=few, dropout=0.3), device).run()
+    step = Step(Case(layers, few=few, dropout=0.3), device)
+    n, ld, m = layers[-2], 16, step.case.m
+    place = step.plan.workspace.places["Delta", 2]
+    rounded = device.asarray(np.full((m, ld), 0xABCD, np.uint16))
+    for operation in step.plan.operations:
+        if operation.kernel != "head":
+            step.launch(operation)
+            continue
+        at = operation.arguments.index(place)
+        listed = [step.found(a) for a in operation.arguments]
+        assert listed[at + 1 : at + 3] == [None, 0]
+        listed[at : at + 3] = None, rounded, ld
+        device.ops.launch(step.kernels[operation], operation.grid, operation.block, *listed)
+    wanted = np.full((m, ld), 0xABCD, np.uint16)
+    stride = step.plan.strides[2]
+    wanted[:, :n] = to_bf16(usual.get("work")[place.start : place.start + m * stride].reshape(m, stride)[:, :n])
+    same(to_host(rounded), wanted)
+    assert np.isnan(step.get("work")[place.start : place.start + m * stride]).all()
+
+
+@pytest.mark.parametrize("target", ["real", "unsigned short"])
+@pytest.mark.parametrize("source", ["unsigned char", "real"])
+@pytest.mark.parametrize("n", [12, 20, 33])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_step_gather(device, source, target, n, ordered):  # noqa: F811
+    rng, m, batch, ld = np.random.default_rng(0), 5, 7, 40
+    as_bytes, in_bf16 = source == "unsigned char", target != "real"
+    data = rng.integers(0, 256, (30, n)).astype(np.uint8) if as_bytes else rng.normal(size=(30, n)).astype(np.float32)
+    order = rng.permutation(30)
+    state = np.array([2, 0, 1, 9], np.int64).view(np.uint64)  # so the rows of step 3 begin at 1 + 3 * 7
+    kernel = device.ops.kernel_of("step_gather.cu", "step_gather", np.dtype(np.float32), SOURCE=source, TARGET=target)
+    nothing = 0xABCD if in_bf16 else np.nan
+    out = device.asarray(np.full((m, ld), nothing, np.uint16 if in_bf16 else np.float32))
+    device.ops.launch(
+        kernel, (1,), (256,), device.asarray(data), None if ordered else device.asarray(order), batch, out, ld,
+        device.asarray(state), 1, m, n,
+    )  # fmt: skip
+    rows = data[22:27] if ordered else data[order[22:27]]
+    wanted = to_host(out).copy()
+    wanted[:, :n] = to_bf16(rows.astype(np.float32)) if in_bf16 else rows / np.float32(255) if as_bytes else rows
+    wanted[:, n:] = nothing
+    same(to_host(out), wanted)
 
 
 # ------------------------------------------------------------------------------------------------- advance, the order
