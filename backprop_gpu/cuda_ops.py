@@ -20,7 +20,7 @@ import cupy as cp
 import cupy as xp  # the array module, under the name that code for both backends uses
 import numpy as np
 
-from . import costs, cuda_source, dropout
+from . import costs, cuda_source, dropout, grids
 from .activations import IDENTITY, Activation, Array
 from .costs import Cost
 from .errors import ConfigError
@@ -34,13 +34,7 @@ __all__ = [
 ]  # fmt: skip
 
 OPTIONS = ("--std=c++17",)  # for all of them: each other tuple would cost a run of the compiler of its own
-THREADS = 256  # a block
-MOST_BLOCKS = 1024  # of elementwise kernels, which walk on in strides of the grid; several for each multiprocessor
-MOST_PARTS = 256  # of a sum over a flat vector
-CHUNK = 256  # rows that a block sums before it pays to share them out
-FILLED = 128  # blocks that keep a GPU busy
 NARROW = 64  # columns up to which a thread counts a row, as in measure.cu; on longer ones a warp does
-_STRIP = 32, 16  # the block of sums.cuh
 LONG_ROW = 1024  # columns up to which a warp works on a row; on longer ones a block does
 
 # ---------------------------------------------------------------------------------------------- memory and launches
@@ -129,15 +123,10 @@ def _same_shape(shape: tuple[int, ...], *arrays: Array | None) -> None:
             raise ValueError(f"an array has shape {a.shape}, not {shape}")
 
 
-def _blocks(elements: int, dtype: np.dtype[Any], most: int) -> tuple[int]:
-    """The grid of a walk over `elements`, 16 bytes a thread and step."""
-    return (max(1, min(-(-elements * dtype.itemsize // (16 * THREADS)), most)),)
-
-
 def _rows(m: int, K: int) -> tuple[tuple[int], tuple[int, int]]:
     """Grid and block of work on m whole rows of K."""
-    block = (32, THREADS // 32) if K <= LONG_ROW else (THREADS, 1)
-    return (min(-(-m // block[1]), MOST_BLOCKS),), block
+    block = (32, grids.THREADS // 32) if K <= LONG_ROW else (grids.THREADS, 1)
+    return (min(-(-m // block[1]), grids.MOST_BLOCKS),), block
 
 
 # --------------------------------------------------------------------------------------------------- the operations
@@ -152,7 +141,7 @@ def gather(data: Array, rows: Array | slice, out: Array) -> None:
     kind = {np.dtype(np.uint8): "gather_bytes", np.dtype(np.int64): "gather_labels"}.get(data.dtype, "gather_reals")
     real = np.dtype(np.float32) if kind == "gather_labels" else out.dtype
     kernel = kernel_of("gather.cu", kind, real)
-    launch(kernel, _blocks(out.size, out.dtype, MOST_BLOCKS), (THREADS,), data, indices, first, out, m, n)
+    launch(kernel, (grids.blocks(out.size, out.dtype.itemsize),), (grids.THREADS,), data, indices, first, out, m, n)
 
 
 def affine(W: Array, A_below: Array, b: Array | None, Z: Array) -> None:
@@ -179,7 +168,7 @@ def _activate(f: Activation, b: Array | None, Z: Array, A: Array) -> None:
     _same_shape((m, n), A)
     _same_shape((n,), b)
     kernel = kernel_of("activate.cu", "bias_activate", Z.dtype, **cuda_source.activation(f))
-    launch(kernel, _blocks(Z.size, Z.dtype, MOST_BLOCKS), (THREADS,), b, Z, A, m, n)
+    launch(kernel, (grids.blocks(Z.size, Z.dtype.itemsize),), (grids.THREADS,), b, Z, A, m, n)
 
 
 def drop(F: Array, rate: float, draw: tuple[int, int], layer: int, mask: Array, A: Array) -> None:
@@ -187,9 +176,9 @@ def drop(F: Array, rate: float, draw: tuple[int, int], layer: int, mask: Array, 
     _same_shape(F.shape, mask, A)
     seed, step = draw
     kernel = kernel_of("dropout.cu", "drop", F.dtype)
-    grid = (max(1, min(-(-F.size // (4 * THREADS)), MOST_BLOCKS)),)
+    grid = (grids.blocks(F.size, 4),)  # four numbers a thread
     limit, scale = dropout.threshold(rate), dropout.scale(rate)
-    launch(kernel, grid, (THREADS,), F, mask, A, F.size, limit, scale, layer, step, seed, None, 0)
+    launch(kernel, grid, (grids.THREADS,), F, mask, A, F.size, limit, scale, layer, step, seed, None, 0)
 
 
 def output(g: Activation, Z: Array, A: Array) -> None:
@@ -233,34 +222,17 @@ def output_delta(
         _sum_columns(Delta, db)
 
 
-class _Strips(NamedTuple):
-    """How a matrix is cut for a sum down its columns."""
-
-    grid: tuple[int, int]  # strips of columns, chunks of rows
-    chunk_rows: int
-    wide: bool  # 16 bytes a thread, not one number
-
-
-def _strips(m: int, n: int, dtype: np.dtype[Any]) -> _Strips:
-    """Chosen by the shape alone, so that the bits are too: wide where there are blocks enough for a whole GPU then."""
-    chunk_rows = -(-m // min(-(-m // CHUNK), MOST_PARTS))
-    chunks, width = -(-m // chunk_rows), 16 // dtype.itemsize
-    wide = n % width == 0 and chunks * n >= FILLED * 32 * width
-    return _Strips((min(-(-n // (32 * width if wide else 32)), MOST_BLOCKS), chunks), chunk_rows, wide)
-
-
 def _in_strips(
     kernel: _Kernel, M: Array, db: Array | None, before: Sequence[Any] = (), after: Sequence[Any] = ()
 ) -> None:
     """Launch a kernel that sums M (m, n), or what it makes of M, down the columns, into db if there is one."""
     m, n = M.shape
-    cut = _strips(m, n, M.dtype)
-    chunks = cut.grid[1]
+    across, chunks, chunk_rows, wide = grids.strips(m, n, M.dtype.itemsize)
     partial = db if db is None or chunks == 1 else scratch("partial sums", (chunks, n), M.dtype)
-    launch(kernel, cut.grid, _STRIP, *before, M, partial, m, n, cut.chunk_rows, cut.wide, *after)
+    launch(kernel, (across, chunks), grids.STRIP, *before, M, partial, m, n, chunk_rows, wide, *after)
     if db is not None and chunks > 1:
         kernel = kernel_of("column_sums.cu", "column_sums", M.dtype)
-        launch(kernel, (cut.grid[0], 1), _STRIP, partial, db, chunks, n, chunks, cut.wide)
+        launch(kernel, (across, 1), grids.STRIP, partial, db, chunks, n, chunks, wide)
 
 
 def _sum_columns(M: Array, db: Array) -> None:
@@ -314,30 +286,28 @@ def measure(task: str, g: Activation, Z: Array, T: Array, C: Array, w: Array | N
     if task == "labels" and not g.increasing:
         scores = scratch("outputs", Z.shape, Z.dtype)
         output(g, Z, scores)
-    per_block = CHUNK if K <= NARROW else CHUNK // 8
-    chunk_rows = -(-m // min(-(-m // per_block), MOST_PARTS))
-    chunks = -(-m // chunk_rows)
+    chunks, chunk_rows = grids.chunks(m, grids.CHUNK if K <= NARROW else grids.CHUNK // 8)
     pairs = out if chunks == 1 else scratch("pairs", (chunks, 2), np.float64)
     targets = (T, None) if T.ndim == 1 else (None, T)
     kernel = kernel_of("measure.cu", "measure", Z.dtype)
-    launch(kernel, (chunks,), (THREADS,), scores, *targets, C, w, _TASKS.get(task, 0), pairs, m, K, chunk_rows)
+    launch(kernel, (chunks,), (grids.THREADS,), scores, *targets, C, w, _TASKS.get(task, 0), pairs, m, K, chunk_rows)
     if chunks > 1:
-        launch(kernel_of("measure.cu", "add_pairs", Z.dtype), (1,), (THREADS,), pairs, out, chunks)
+        launch(kernel_of("measure.cu", "add_pairs", Z.dtype), (1,), (grids.THREADS,), pairs, out, chunks)
 
 
 def regularize(regularization: Regularization, theta: Array, is_weight: Array, g: Array) -> None:
     """Add the penalties' derivative to the flat gradient g, then clip it, in place: see `Regularization`."""
     _same_shape(g.shape, theta, is_weight)
-    grid, n = _blocks(g.size, g.dtype, MOST_PARTS), g.size
-    before, after = (scratch(name, (MOST_PARTS,), np.float64) for name in ("norm before", "norm after"))
+    grid, n = (grids.blocks(g.size, g.dtype.itemsize, grids.MOST_PARTS),), g.size
+    before, after = (scratch(name, (grids.MOST_PARTS,), np.float64) for name in ("norm before", "norm after"))
     of = regularization
     launch(
-        kernel_of("regularize.cu", "penalize", g.dtype), grid, (THREADS,),
+        kernel_of("regularize.cu", "penalize", g.dtype), grid, (grids.THREADS,),
         theta, is_weight, g, of.l1, of.l2, of.clip_value or -1.0, before, after, n,
     )  # fmt: skip
     if of.clip_value or of.clip_norm:
         kernel = kernel_of("regularize.cu", "clip", g.dtype)
-        launch(kernel, grid, (THREADS,), g, before, after, *grid, of.clip_norm or -1.0, n)
+        launch(kernel, grid, (grids.THREADS,), g, before, after, *grid, of.clip_norm or -1.0, n)
 
 
 def _adam_numbers(rule: Adam, c: tuple[float, ...]) -> tuple[float, ...]:
@@ -432,17 +402,17 @@ def update_step(
     s = placed(rule, slots)
     _same_shape(theta.shape, gradient, *s)
     n, define = theta.size, {"RULE": rule_name(rule)}
-    parts = _blocks(n, theta.dtype, MOST_PARTS)
-    norm2 = scratch("norm2", (MOST_PARTS,), np.float64)
-    stop = scratch("stop", (MOST_PARTS,), np.int32)
+    parts = (grids.blocks(n, theta.dtype.itemsize, grids.MOST_PARTS),)
+    norm2 = scratch("norm2", (grids.MOST_PARTS,), np.float64)
+    stop = scratch("stop", (grids.MOST_PARTS,), np.int32)
     where = rows.shape[-1], state, ahead
     kernel = kernel_of("update.cu", "survey", theta.dtype, **define)
-    launch(kernel, parts, (THREADS,), theta, gradient, *s, rows, *where, diverged, norm2, stop, n)
+    launch(kernel, parts, (grids.THREADS,), theta, gradient, *s, rows, *where, diverged, norm2, stop, n)
     kernel = kernel_of("update.cu", "update", theta.dtype, **define)
-    grid = _blocks(n, theta.dtype, MOST_BLOCKS)
+    grid = (grids.blocks(n, theta.dtype.itemsize),)
     table, rounded = copies or (None, None)
     launch(
-        kernel, grid, (THREADS,), theta, gradient, *s, rows, *where, measured, norm2, stop, *parts, diverged,
+        kernel, grid, (grids.THREADS,), theta, gradient, *s, rows, *where, measured, norm2, stop, *parts, diverged,
         table, 0 if table is None else len(table), rounded, n,
     )  # fmt: skip
 

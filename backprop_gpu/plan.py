@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import cuda_source, dropout
+from . import cuda_source, dropout, grids
 from .activations import HIDDEN, IDENTITY, Activation
 from .costs import Cost
 from .network import Views
+from .tiles import Device, Tile, Unplanned, choose_tile
 
 NARROW = 64  # outputs up to which the head makes the last product itself, as in head.cu
 HEAD_WARPS = 4  # of a block of the head, as there
@@ -32,7 +33,6 @@ COPY_LINE = 8  # numbers: rows of operands in bf16 are padded to a multiple of 1
 WAITING = ("forward", "head", "delta", "gradients")  # kernels that wait by themselves for the one before
 LAYER = 10  # numbers a layer in the table of gradients.cu
 COPY = 5  # likewise in that of update.cu
-THREADS, MOST_BLOCKS, MOST_PARTS, CHUNK, FILLED = 256, 1024, 256, 256, 128  # of elementwise kernels, as in cuda_ops
 
 
 class Wide(NamedTuple):
@@ -51,54 +51,7 @@ WIDE: dict[str, Wide] = {
 }  # fmt: skip
 
 
-class Device(NamedTuple):
-    """What the choice of kernels goes by. `arch` is 90 for compute capability 9.0."""
-
-    name: str
-    arch: int
-    processors: int
-    shared: int  # bytes of shared memory that a block may have
-    bandwidth: float  # bytes a second, 0 where it is not known
-    rate: float  # multiply-adds of float32 a second, twice; likewise
-
-
-class Tile(NamedTuple):
-    """What a block of `product.cuh` makes: rows, columns, k at a time; its warps down, across and along k.
-
-    `stages`: parts of `depth` under way or in use.
-    """
-
-    rows: int
-    columns: int
-    depth: int
-    down: int
-    across: int
-    deep: int
-    stages: int
-
-    @property
-    def threads(self) -> int:
-        """Of a block."""
-        return 32 * self.down * self.across * self.deep
-
-    def blocks(self, m: int, n: int) -> tuple[int, int]:
-        """How many across and down make m x n."""
-        return -(-n // self.columns), -(-m // self.rows)
-
-    def shared(self, kernel: str, item: int, source: int = 0) -> int:
-        """Bytes of shared memory that `product.cuh` takes, for numbers of `item` bytes, the data's of `source`."""
-
-        def panel(along: bool, side: int, size: int) -> int:
-            height, width = (side, self.depth) if along else (self.depth, side)
-            return size * height * (width + (16 if size == 1 else 4 if along else 8))
-
-        a = panel(kernel != "gradients", self.rows, source or item if kernel == "forward" else item)
-        b = panel(kernel == "forward", self.columns, item)
-        joined = item * self.deep * self.rows * self.columns if self.deep > 1 else 0
-        return max(self.stages * (a + b), joined)
-
-    def __str__(self) -> str:
-        return f"Tile<{', '.join(map(str, self))}>"
+SPEED = {"ffma": 1.0, "tf32x2": 2.5, "tf32": 7.5, "bf16": 15.0}  # of dense products, in units of float32's on sm_90
 
 
 class Place(NamedTuple):
@@ -287,7 +240,7 @@ class Plan:
             work.take("A", 0, m * net.layers[0])
         if wide := [l for l in range(1, net.L + 1) if self._is_wide(l, m)]:
             most = max(max(net.layers[l], net.layers[l - 1]) for l in wide)
-            work.take("sums", 0, min(-(-m // CHUNK), MOST_PARTS) * most)
+            work.take("sums", 0, grids.chunks(m)[0] * most)
         return work
 
     def _laid_out_rounded(self) -> Workspace:
@@ -514,7 +467,7 @@ class Plan:
         of = self._weight(l)[0] if name == "W" else Place("work", self._at(name, l).start, rows * n)
         return Operation(
             f"{name}[{l}] rounded to bf16",
-            "round.cu", "round_rows", (("REAL", self.real),), self._blocks(rows * n), (THREADS, 1),
+            "round.cu", "round_rows", (("REAL", self.real),), self._blocks(rows * n), (grids.THREADS, 1),
             (of, copy, rows, n, padded), bytes=6.0 * rows * n,
         )  # fmt: skip
 
@@ -538,14 +491,14 @@ class Plan:
         yield Operation(
             ", ".join([f"Z[{l}] += b[{l}]"] * (b is not None) + [f"A[{l}] = {f.name}(Z[{l}])"] * (l < net.L)),
             "activate.cu", "bias_activate", tuple({"REAL": self.real, **cuda_source.activation(f)}.items()),
-            self._blocks(m * n), (THREADS, 1),
+            self._blocks(m * n), (grids.THREADS, 1),
             (b, Place("work", Z.start, m * n), Place("work", F.start, m * n), m, n),
             bytes=float((2 + (Z != F)) * m * n * self.item),
         )  # fmt: skip
 
     def _blocks(self, size: int) -> tuple[int, int, int]:
         """The grid of a walk over `size` reals, 16 bytes a thread and step."""
-        return max(1, min(-(-size * self.item // (16 * THREADS)), MOST_BLOCKS)), 1, 1
+        return grids.blocks(size, self.item), 1, 1
 
     def _gather(self) -> Operation:
         """The step's rows of the data, as reals or in bf16."""
@@ -556,7 +509,7 @@ class Plan:
         defines["TARGET"] = "unsigned short" if copy else "real"
         return Operation(
             "A[0] = the step's rows of the data" + (" in bf16" if copy else " / 255" if as_bytes else ""),
-            "step_gather.cu", "step_gather", tuple(defines.items()), self._blocks(s.m * n), (THREADS, 1),
+            "step_gather.cu", "step_gather", tuple(defines.items()), self._blocks(s.m * n), (grids.THREADS, 1),
             (Place("data", 0, s.n_data * n), *self._order(1), whole, padded if copy else n, Place("state", 0, STATE),
              AHEAD, s.m, n),
             bytes=float(s.m * n * ((1 if as_bytes else self.item) + (2 if copy else self.item))),
@@ -584,12 +537,12 @@ class Plan:
     ) -> Iterator[Operation]:  # fmt: skip
         """A kernel that sums Delta[l], or what it makes of it, down its columns into db[l], in one launch or two."""
         m, n = self.shape.m, self.net.layers[l]
-        cut, at_b = strips(m, n, self.item), self.places[l - 1][1]
+        cut, at_b = grids.strips(m, n, self.item), self.places[l - 1][1]
         db = Place("gradient", at_b - self.start, n) if sums and at_b is not None else None
         partial = Place("work", self._at("sums", 0).start, cut.chunks * n) if db and cut.chunks > 1 else db
         yield Operation(
             what, f"{kernel}.cu", kernel, tuple({"REAL": self.real, **defines}.items()),
-            (cut.across, cut.chunks, 1), (32, 16),
+            (cut.across, cut.chunks, 1), grids.STRIP,
             (*before, Place("work", self._at("Delta", l).start, m * n), partial, m, n, cut.chunk_rows, int(cut.wide),
              *after),
             bytes=float((1 + (len(before) > 0) + sum(x is not None for x in before)) * m * n * self.item),
@@ -597,7 +550,7 @@ class Plan:
         if partial != db:
             yield Operation(
                 f"db[{l}], of {cut.chunks} parts", "column_sums.cu", "column_sums", (("REAL", self.real),),
-                (cut.across, 1, 1), (32, 16), (partial, db, cut.chunks, n, cut.chunks, int(cut.wide)),
+                (cut.across, 1, 1), grids.STRIP, (partial, db, cut.chunks, n, cut.chunks, int(cut.wide)),
                 bytes=float((cut.chunks + 1) * n * self.item),
             )  # fmt: skip
 
@@ -651,10 +604,10 @@ class Plan:
         net, s = self.net, self.shape
         size = s.m * net.layers[l]
         F, mask, A = (Place("work", self._at(name, l).start, size) for name in ("F", "mask", "A"))
-        blocks = max(1, min(-(-size // 1024), 1024))
+        blocks = grids.blocks(size, 4)  # four numbers a thread
         return Operation(
             f"A[{l}] = mask[{l}] ⊙ {net.f[l].name}(Z[{l}])",
-            "dropout.cu", "drop", (("REAL", self.real),), (blocks, 1, 1), (256, 1),
+            "dropout.cu", "drop", (("REAL", self.real),), (blocks, 1, 1), (grids.THREADS, 1),
             (F, mask, A, size, dropout.threshold(net.rates[l]), dropout.scale(net.rates[l]), l, 0, self.seed,
              Place("state", 0, STATE), AHEAD),
             bytes=3.0 * size * self.item,
@@ -815,59 +768,3 @@ def arithmetic_of(precision: str, device: Device) -> str:
 def precision_of(arithmetic: str, real: str) -> str:
     """The precision of `cublaslt` that stands for an arithmetic."""
     return "float64" if real == "double" else {"ffma": "float32", "tf32x2": "float32"}.get(arithmetic, arithmetic)
-
-
-class Strips(NamedTuple):
-    """How a matrix is cut for a sum down its columns: strips of columns, chunks of rows."""
-
-    across: int
-    chunks: int
-    chunk_rows: int
-    wide: bool  # 16 bytes a thread, not one number
-
-
-def strips(m: int, n: int, item: int) -> Strips:
-    """As in cuda_ops."""
-    chunk_rows = -(-m // min(-(-m // CHUNK), MOST_PARTS))
-    chunks, width = -(-m // chunk_rows), 16 // item
-    wide = n % width == 0 and chunks * n >= FILLED * 32 * width
-    return Strips(min(-(-n // (32 * width if wide else 32)), MOST_BLOCKS), chunks, chunk_rows, wide)
-
-
-class Unplanned(Exception):  # noqa: N818 - an answer, not an error
-    """Why there is no plan for what is asked."""
-
-
-# ------------------------------------------------------------------------------------------------- the choice of tiles
-
-SPEED = {"ffma": 1.0, "tf32x2": 2.5, "tf32": 7.5, "bf16": 15.0}  # of dense products, in units of float32's on sm_90
-# By measurement on an H100: largest first, each with as many blocks as it takes to be the quickest.
-_FLOAT = (
-    Tile(128, 128, 16, 2, 4, 1, 4),
-    Tile(64, 64, 32, 2, 2, 2, 4),
-    Tile(32, 16, 64, 2, 1, 4, 4),
-    Tile(16, 16, 128, 1, 1, 8, 4),
-)
-_FLOAT_GRADIENTS = (Tile(128, 128, 32, 2, 4, 1, 3), Tile(64, 32, 64, 2, 2, 2, 3), Tile(32, 16, 64, 2, 1, 4, 4))
-_DOUBLE = (Tile(64, 64, 16, 2, 4, 1, 3), Tile(32, 32, 32, 2, 2, 2, 3), Tile(16, 16, 32, 1, 1, 4, 4))
-_MODEST = {"float": Tile(16, 16, 64, 1, 1, 4, 3), "double": Tile(16, 16, 32, 1, 1, 4, 2)}  # where memory is scarce
-_BESIDE = 2 << 10  # bytes of shared memory that kernels take beside the product's
-
-
-def choose_tile(
-    kernel: str, products: Sequence[tuple[int, int, int]], arithmetic: str, real: str, device: Device
-) -> Tile:
-    """The largest tile of which there are enough to fill the device; the smallest where none are. By shape alone."""
-    tiles: tuple[Tile, ...] = _DOUBLE
-    item, enough = 8, 0.75  # blocks a processor
-    if real == "float":
-        item, tiles = 4, _FLOAT
-        if kernel == "gradients":
-            tiles, enough = _FLOAT_GRADIENTS, 2.0
-    fitting = [tile for tile in tiles if tile.shared(kernel, item) + _BESIDE <= device.shared] or [_MODEST[real]]
-    if fitting[-1].shared(kernel, item) + _BESIDE > device.shared:
-        raise Unplanned(f"{kernel} does not fit in {device.shared} bytes of shared memory")
-    for tile in fitting:
-        if sum(math.prod(tile.blocks(m, n)) for m, n, _ in products) >= enough * device.processors:
-            return tile
-    return fitting[-1]

@@ -8,8 +8,8 @@ the nodes that it puts there, and timed: a graph of LAUNCHES runs between two ev
 told with "error", what is not on offer with "reason", and the next one follows.
 
 `--steps` tells from which width and batch on a training step is faster with its products by cuBLASLt than with kernels
-of its own: each of STEPS in a graph of 16 both ways, and a third time with algorithms that were chosen by time; and the
-error of the gradient.
+of its own: each of STEPS in a graph of 16 both ways, once more with algorithms that were chosen by time, and with
+weight gradients on a branch of the graph; and the error of the gradient.
 """
 
 from __future__ import annotations
@@ -58,7 +58,18 @@ STEPS = tuple(
         (512, 256),
     )
 )
-ARITHMETIC = {"float32": "tf32x2", "tf32": "tf32", "float64": "ffma"}  # of our own kernels, by precision
+ARITHMETIC = {"float32": "tf32x2", "tf32": "tf32", "bf16": "bf16", "float64": "ffma"}  # of our own kernels
+
+
+class Way(NamedTuple):
+    """To make a step: with cuBLASLt or without, of how many algorithms, dW on a branch."""
+
+    library: bool
+    timed: int = 1
+    forked: bool = False
+
+
+WAYS = (Way(False), Way(True), Way(True, timed=cublaslt.MOST_CANDIDATES), Way(True, forked=True))
 A_GRAPH = 16  # steps
 LIMITS = {"float32": 2e-5, "tf32": 4e-3, "bf16": 2e-2, "float64": 1e-12}  # error over the norm of the exact result
 
@@ -383,11 +394,11 @@ def steps(emit: Emit, networks: Any = STEPS, precisions: Any = tuple(ARITHMETIC)
     for layers, m in networks:
         exact = None
         for precision in sorted(precisions, key="float64".__ne__):
-            for library, timed in ((False, 1), (True, 1), (True, cublaslt.MOST_CANDIDATES)):
+            for way in WAYS:
                 told: dict[str, Any] = {"what": "step", "layers": layers, "m": m, "precision": precision}
-                told |= {"library": library, "timed": timed}
+                told |= way._asdict()
                 try:
-                    found, gradient = _step(layers, m, precision, library, timed)
+                    found, gradient = _step(layers, m, precision, way)
                     exact = gradient if exact is None else exact
                     told |= found | {"error": float(np.linalg.norm(gradient - exact) / np.linalg.norm(exact))}
                 except Exception as e:  # told, and the next one may do
@@ -396,16 +407,14 @@ def steps(emit: Emit, networks: Any = STEPS, precisions: Any = tuple(ARITHMETIC)
     return fine
 
 
-def _step(
-    layers: tuple[int, ...], m: int, precision: str, library: bool, timed: int
-) -> tuple[dict[str, Any], np.ndarray]:
+def _step(layers: tuple[int, ...], m: int, precision: str, way: Way) -> tuple[dict[str, Any], np.ndarray]:
     """What there is to tell of a step, and its gradient."""
     of_plan: Any = plan
-    before = plan.WIDE, plan.arithmetic_of, executors.Graph.timed
+    before = plan.WIDE, plan.arithmetic_of, executors.Graph.timed, executors.Graph.forked
     wide = plan.Wide(plan.NARROW + 1, 1)
     dtype = "float64" if precision == "float64" else "float32"
-    of_plan.WIDE, of_plan.arithmetic_of = {precision: wide} if library else {}, lambda *_: ARITHMETIC[precision]
-    executors.Graph.timed = timed
+    of_plan.WIDE, of_plan.arithmetic_of = {precision: wide} if way.library else {}, lambda *_: ARITHMETIC[precision]
+    executors.Graph.timed, executors.Graph.forked = way.timed, way.forked
     try:
         with contextlib.closing(_run_of(layers, m, dtype, bp.SGD(1.0))) as run, run.problem.net.backend.active():
             before_it = _parameters(run)
@@ -417,7 +426,7 @@ def _step(
             products = [f"{p.name} {p.layer} {p.epilogue}" for p in run.plan.products.values()]
             return {"us": us, "products": products, "notes": run.plan.notes, "fell_back": run.failed}, gradient
     finally:
-        of_plan.WIDE, of_plan.arithmetic_of, executors.Graph.timed = before
+        of_plan.WIDE, of_plan.arithmetic_of, executors.Graph.timed, executors.Graph.forked = before
 
 
 def _run_of(layers: tuple[int, ...], m: int, dtype: str, rule: Any) -> executors.Graph:

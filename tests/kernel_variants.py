@@ -10,6 +10,7 @@ from pathlib import Path
 
 from backprop_gpu import costs, cuda_source
 from backprop_gpu import plan as plans
+from backprop_gpu import tiles as of_tiles
 
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 FILES = sorted(path.name for path in KERNELS.glob("*.cu"))
@@ -53,9 +54,9 @@ def legal(choice):
 
 def tiled(file):
     """The choices of REAL, ARITHMETIC and TILE of a product."""
-    tiles = plans._FLOAT_GRADIENTS if file == "gradients.cu" else plans._FLOAT
+    tiles = of_tiles._FLOAT_GRADIENTS if file == "gradients.cu" else of_tiles._FLOAT
     chosen = [("float", a, tile) for a in ("ffma", "tf32x2", "tf32", "bf16") for tile in tiles]
-    chosen += [("double", "ffma", tile) for tile in plans._DOUBLE]
+    chosen += [("double", "ffma", tile) for tile in of_tiles._DOUBLE]
     return [
         {"REAL": real, "ARITHMETIC": arithmetic, "TILE": str(tile)}
         for real, arithmetic, tile in chosen

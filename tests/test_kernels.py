@@ -12,7 +12,7 @@ from conftest import all_ran, real_gpu
 
 import backprop_gpu as bp
 from backprop_gpu import backend as backends
-from backprop_gpu import cuda_source, numpy_ops
+from backprop_gpu import cuda_source, grids, numpy_ops
 from backprop_gpu.activations import HIDDEN, OUTPUT, Activation
 from backprop_gpu.backend import to_host
 from backprop_gpu.costs import COSTS, choose_cost
@@ -67,7 +67,7 @@ def dtype(request):
 def small_grids(device, monkeypatch):
     """Launches of so few blocks that every loop over the grid and over chunks goes round several times."""
     for name, value in {"MOST_BLOCKS": 2, "MOST_PARTS": 3, "CHUNK": 16, "FILLED": 3}.items():
-        monkeypatch.setattr(device.ops, name, value)
+        monkeypatch.setattr(grids, name, value)
 
 
 @pytest.fixture(params=["usual", "small"])

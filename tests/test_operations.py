@@ -4,7 +4,7 @@ import formulas
 import numpy as np
 import pytest
 
-from backprop_gpu import SGD, AdaGrad, Adam, AdamW, RMSProp, costs, numpy_ops
+from backprop_gpu import SGD, AdaGrad, Adam, AdamW, RMSProp, costs, grids, numpy_ops
 from backprop_gpu.activations import HIDDEN, IDENTITY, OUTPUT
 from backprop_gpu.backend import to_host
 from backprop_gpu.costs import COSTS
@@ -422,37 +422,37 @@ def test_arrays_of_another_shape_are_refused(backend):
 @on_cupy
 def test_grids_of_elements_and_rows(backend):
     """16 bytes a thread; a warp a row, or a block where rows are long; never more blocks than there is use for."""
-    ops, float32, float64 = backend.ops, np.dtype(np.float32), np.dtype(np.float64)
-    T, most = ops.THREADS, ops.MOST_BLOCKS
-    assert [ops._blocks(n, float32, 9) for n in (1, 4 * T, 4 * T + 1, 10**9)] == [(1,), (1,), (2,), (9,)]
-    assert [ops._blocks(n, float64, 9) for n in (1, 2 * T, 2 * T + 1, 10**9)] == [(1,), (1,), (2,), (9,)]
+    ops = backend.ops
+    T, most = grids.THREADS, grids.MOST_BLOCKS
+    assert [grids.blocks(n, 4, 9) for n in (1, 4 * T, 4 * T + 1, 10**9)] == [1, 1, 2, 9]
+    assert [grids.blocks(n, 8, 9) for n in (1, 2 * T, 2 * T + 1, 10**9)] == [1, 1, 2, 9]
+    assert grids.blocks(10**9, 4) == most
     assert [ops._rows(m, ops.LONG_ROW) for m in (T // 32, T // 32 + 1, 10**9)] == [
         ((n,), (32, T // 32)) for n in (1, 2, most)
     ]
     assert [ops._rows(m, ops.LONG_ROW + 1) for m in (1, 2, 10**9)] == [((n,), (T, 1)) for n in (1, 2, most)]
 
 
-@on_cupy
-@pytest.mark.parametrize(("dtype", "width"), [(np.float32, 4), (np.float64, 2)])
-def test_grids_of_column_sums(backend, dtype, width):
+@pytest.mark.parametrize(("item", "width"), [(4, 4), (8, 2)])
+def test_grids_of_column_sums(item, width):
     """Strips of 32 threads, chunks of about CHUNK rows; wide accesses where a whole GPU has work even then."""
-    ops, dtype = backend.ops, np.dtype(dtype)
-    chunk, parts, most, wide = ops.CHUNK, ops.MOST_PARTS, ops.MOST_BLOCKS, 32 * width
-    full = wide * ops.FILLED  # columns that fill it
+    chunk, parts, most, wide = grids.CHUNK, grids.MOST_PARTS, grids.MOST_BLOCKS, 32 * width
+    full, filled = wide * grids.FILLED, grids.FILLED  # columns that fill it
     for m, n, wanted in (
         (1, 1, ((1, 1), 1, False)),
         (chunk, 32, ((1, 1), chunk, False)),
         (chunk + 1, 33, ((2, 2), chunk // 2 + 1, False)),
         (chunk * parts + 1, 1, ((1, parts), chunk + 1, False)),
         (1, full - width, ((-(-(full - width) // 32), 1), 1, False)),
-        (1, full, ((ops.FILLED, 1), 1, True)),
-        (1, full + width, ((ops.FILLED + 1, 1), 1, True)),
-        (chunk + 1, full // 2, ((ops.FILLED // 2, 2), chunk // 2 + 1, True)),
+        (1, full, ((filled, 1), 1, True)),
+        (1, full + width, ((filled + 1, 1), 1, True)),
+        (chunk + 1, full // 2, ((filled // 2, 2), chunk // 2 + 1, True)),
         (1, full + 1, ((min(full // 32 + 1, most), 1), 1, False)),
         (1, 10**9 + 1, ((most, 1), 1, False)),
         (1, 10**9, ((most, 1), 1, True)),
     ):
-        assert ops._strips(m, n, dtype) == wanted, (m, n)
+        grid, *rest = wanted
+        assert grids.strips(m, n, item) == (*grid, *rest), (m, n)
 
 
 @on_cupy
@@ -460,7 +460,7 @@ def test_what_is_launched(backend, monkeypatch):
     """Kernels and grids of the operations: a second launch only where there are several chunks to add up."""
     ops, launched = backend.ops, []
     monkeypatch.setattr(ops, "launch", lambda kernel, grid, block, *_: launched.append((kernel.name, grid, block)))
-    T, chunk, narrow, strip = ops.THREADS, ops.CHUNK, ops.NARROW, (32, 16)
+    T, chunk, narrow, strip = grids.THREADS, grids.CHUNK, ops.NARROW, (32, 16)
 
     def zeros(*shape):
         return backend.xp.zeros(shape, np.float32)
@@ -470,13 +470,13 @@ def test_what_is_launched(backend, monkeypatch):
         operation(*given)
         return launched
 
-    for n, blocks in ((1, 1), (4 * T, 1), (4 * T + 1, 2), (4 * T * ops.MOST_BLOCKS + 1, ops.MOST_BLOCKS)):
+    for n, blocks in ((1, 1), (4 * T, 1), (4 * T + 1, 2), (4 * T * grids.MOST_BLOCKS + 1, grids.MOST_BLOCKS)):
         F = zeros(n)
         assert launches(ops.drop, F, 0.5, (0, 1), 1, F, F) == [("drop", (blocks,), (T,))]
     assert launches(ops.share, F, F) == [("share", (1,), (1024,))]
     for m, K, chunks in (
         (chunk, narrow, 1), (chunk + 1, narrow, 2), (chunk // 8, narrow + 1, 1), (chunk // 8 + 1, narrow + 1, 2),
-        (chunk * ops.MOST_PARTS + 1, 1, ops.MOST_PARTS),
+        (chunk * grids.MOST_PARTS + 1, 1, grids.MOST_PARTS),
     ):  # fmt: skip
         wanted = [("measure", (chunks,), (T,))] + [("add_pairs", (1,), (T,))] * (chunks > 1)
         assert launches(ops.measure, "binary", IDENTITY, zeros(m, K), zeros(m, K), zeros(m), None, None) == wanted

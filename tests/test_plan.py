@@ -12,8 +12,10 @@ import pytest
 import backprop_gpu as bp
 from backprop_gpu import cuda_source, driver, dropout
 from backprop_gpu import plan as plans
+from backprop_gpu import tiles as of_tiles
 from backprop_gpu.costs import choose_cost
-from backprop_gpu.plan import Device, Place, Plan, Shape, Tile, Unplanned, arithmetic_of, choose_tile
+from backprop_gpu.plan import Place, Plan, Shape, arithmetic_of
+from backprop_gpu.tiles import Device, Tile, Unplanned, choose_tile
 
 H100 = Device("H100", 90, 132, 227 << 10, 3.35e12, 67e12)
 SMALL = Device("Small", 80, 4, 163 << 10, 0, 0)
@@ -268,12 +270,12 @@ def test_what_a_tile_takes():
 
 
 LISTS = {
-    ("forward", "float"): plans._FLOAT,
-    ("delta", "float"): plans._FLOAT,
-    ("gradients", "float"): plans._FLOAT_GRADIENTS,
-    ("forward", "double"): plans._DOUBLE,
-    ("delta", "double"): plans._DOUBLE,
-    ("gradients", "double"): plans._DOUBLE,
+    ("forward", "float"): of_tiles._FLOAT,
+    ("delta", "float"): of_tiles._FLOAT,
+    ("gradients", "float"): of_tiles._FLOAT_GRADIENTS,
+    ("forward", "double"): of_tiles._DOUBLE,
+    ("delta", "double"): of_tiles._DOUBLE,
+    ("gradients", "double"): of_tiles._DOUBLE,
 }
 ITEM = {"float": 4, "double": 8}
 
@@ -289,7 +291,7 @@ def test_the_tiles_that_there_are(kernel, real):
         assert tile.rows % (16 * tile.down) == tile.columns % (8 * tile.across) == tile.depth % (8 * tile.deep) == 0
         assert tile.depth // tile.deep % 16 == 0 or real == "double"  # for bf16
         assert tile.shared(kernel, ITEM[real]) <= 163 << 10
-    assert min(tile.shared(kernel, ITEM[real]) for tile in tiles) + plans._BESIDE <= 99 << 10
+    assert min(tile.shared(kernel, ITEM[real]) for tile in tiles) + of_tiles._BESIDE <= 99 << 10
 
 
 @pytest.mark.parametrize("shared", [99, 163, 227])
@@ -297,7 +299,7 @@ def test_the_tiles_that_there_are(kernel, real):
 @pytest.mark.parametrize(("kernel", "real"), LISTS)
 def test_the_largest_tile_that_fits_and_fills_the_device(kernel, real, processors, shared):
     device = SMALL._replace(processors=processors, shared=shared << 10)
-    fitting = [t for t in LISTS[kernel, real] if t.shared(kernel, ITEM[real]) + plans._BESIDE <= shared << 10]
+    fitting = [t for t in LISTS[kernel, real] if t.shared(kernel, ITEM[real]) + of_tiles._BESIDE <= shared << 10]
     last, chosen = fitting[-1], set()
     for products in ([(1, 1, 1)], [(128, 512, 784)], [(128, 512, 784), (4096, 4096, 1)], [(10, 2048, 128)]):
         tile = choose_tile(kernel, products, "ffma", real, device)

@@ -26,7 +26,7 @@ from backprop_gpu.backend import to_host
 from backprop_gpu.costs import choose_cost
 from backprop_gpu.network import Batch, Views, backward, forward
 from backprop_gpu.optimizers import SGD, Adam
-from backprop_gpu.plan import _DOUBLE, _FLOAT, _FLOAT_GRADIENTS, Tile
+from backprop_gpu.tiles import _DOUBLE, _FLOAT, _FLOAT_GRADIENTS, Device, Tile
 
 # Of each array, relative to its largest element. A tensor core rounds operands to 11 bits (tf32) or 8 (bf16).
 TOLERANCE = {"double": 1e-13, "ffma": 2e-6, "tf32x2": 8e-6, "tf32": 2e-3, "bf16": 2e-2}
@@ -102,7 +102,7 @@ class Case:
                 rule, size = ops.rule_name(self.rule), ops.host_rows(self.rule, [0.1], 1).shape[1]
                 slots = [s is not None for s in ops.placed(self.rule, [0] * self.rule.slots)]
             its = dict(zip(_FLOAT, _FLOAT_GRADIENTS + _FLOAT_GRADIENTS[-1:], strict=True)).get(self.tile, self.tile)
-            gpu = plans.Device("a GPU", 80, 10**6 if self.few else 0, 227 << 10, 0.0, 0.0)
+            gpu = Device("a GPU", 80, 10**6 if self.few else 0, 227 << 10, 0.0, 0.0)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(plans, "choose_tile", lambda kernel, *_: self.tile if kernel != "gradients" else its)
                 plan = plans.Plan(
