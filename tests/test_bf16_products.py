@@ -1,6 +1,7 @@
 """Steps whose wide products are cuBLASLt's in bf16, beside NumPy's with the same operands rounded."""
 
 import contextlib
+import itertools
 
 import fake_cupy
 import numpy as np
@@ -102,7 +103,9 @@ def test_the_gradient_is_that_of_rounded_operands(fake, monkeypatch, settings):
     assert {p.precision for p in products.values()} == {"bf16"}
 
 
-@pytest.mark.parametrize("settings", [{}, ODD[0], {"frozen": 1}, {"dropout": 0.4}], ids=repr)
+@pytest.mark.parametrize(
+    "settings", [{}, ODD[0], {"frozen": 1}, {"dropout": 0.4}, {"layers": [20, 16, 64, 32, 5]}], ids=repr
+)
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_the_copies_of_weights_follow_the_updates(fake, settings, name):
     """Several steps a recording: the first rounds the weights, the others find what updates left."""
@@ -186,9 +189,43 @@ def test_every_access_of_the_kernels_is_sound(fake, settings):
 
 
 def test_alpha_is_the_255th_part_of_bytes_alone(fake):
-    for uint8, wanted in ((True, {1 / 255, 1.0}), (False, {1.0})):
+    for uint8, wanted in ((True, {("forward", 1), ("weight_gradient", 1)}), (False, set())):
         with graph(bp.SGD(0.1), precision="float32", uint8=uint8) as its:
-            assert {p.alpha for p in its.plan.products.values()} == wanted
+            assert ("hidden_delta", 1) in its.plan.products  # which reads no data
+            assert {p.alpha for p in its.plan.products.values()} <= {1 / 255, 1.0}
+            assert {key for key, p in its.plan.products.items() if p.alpha != 1} == wanted
+
+
+@pytest.mark.parametrize("settings", [{}, *ODD, {"frozen": 1}, {"layers": [20, 12, 16, 13, 5]}], ids=repr)
+def test_operands_lie_as_the_library_likes_them(fake, settings):
+    """At places and in rows of a multiple of 16 bytes, which takes no more than that; results are float32."""
+    with graph(bp.SGD(0.1), precision="float32", **settings) as its:
+        work, rounded = its.plan.workspace, its.plan.rounded
+        assert ("A", 0) not in work.places  # what is read is the copy
+        for p in its.plan.products.values():
+            for operand in p.arrays[:2]:
+                assert operand.place.vector == "rounded"
+                assert operand.place.start % 8 == operand.stride % 8 == 0
+                assert operand.columns <= operand.stride < operand.columns + 8
+                assert operand.place.start + operand.place.size <= rounded.size
+            assert p.arrays[2].place.vector != "rounded"
+        taken = sorted(rounded.places.values(), key=lambda place: place.start)
+        assert all(a.start + a.size <= b.start for a, b in itertools.pairwise(taken))
+        assert its._vectors["rounded"].data.ptr % 16 == 0
+        assert its._vectors["rounded"].size >= rounded.size
+
+
+@pytest.mark.parametrize("settings", [*CASES, *ODD, {"layers": [20, 16, 13, 6, 5]}], ids=repr)
+def test_each_bias_gets_its_gradient_once(fake, settings):
+    with graph(bp.SGD(0.1), precision="float32", **settings) as its:
+        net, made = its.problem.net, []
+        for o in its.plan.operations:
+            if isinstance(o, plan.LibraryProduct):
+                made += [o.layer] * (o.name == "weight_gradient" and o.vector is not None)
+            elif o.kernel in ("hidden_delta", "column_sums") and ", of " not in o.equation:
+                made += [l for l in range(1, net.L + 1) if f"db[{l}]" in o.equation]
+        made += its.plan._own_gradients() if any(net.biased) else []
+        assert sorted(made) == [l for l in range(1 + settings.get("frozen", 0), net.L + 1) if net.biased[l - 1]]
 
 
 def test_forward_takes_a_factor(fake):
@@ -198,3 +235,83 @@ def test_forward_takes_a_factor(fake):
     with contextlib.closing(Library(fake, lambda a: (fake.own(a), a.ctypes.data)[1])) as library:
         cublaslt.forward(library, W, A, Z, b, alpha=0.25).run(0)
     np.testing.assert_allclose(Z, 0.25 * A @ W.T + b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("late", ["copies", "kernels"])
+@pytest.mark.parametrize(
+    "shapes", [[(13, 21), (9, 57), (5, 8)], [(64, 32), (12, 16)], [(7, 33)], [(16, 20), (3, 5)]], ids=repr
+)
+def test_an_update_rounds_the_weights_of_its_table_and_nothing_else(fake, late, shapes):
+    """Each row with its own padding, ties to even; the copies are left alone by a step that is not taken."""
+    fake_cupy.Mode.late = late
+    rng, be = np.random.default_rng(0), bp.backend.choose("cupy")
+    table, at, to = [], 3 * 16, 64
+    for n, k in shapes:
+        padded = -(-k // 8) * 8
+        table.append((at, n * k, k, to, padded))
+        at, to = at + -(-n * k // 16) * 16 + 16, to + n * padded  # a bias between, and no room between the copies
+    rule = bp.SGD(0.5)
+    with be.active():
+        halfway = (rng.normal(size=at).astype(np.float32).view(np.uint32) & 0xFFFF0000 | 0x8000).view(np.float32)
+        g = rng.normal(size=at).astype(np.float32) * (rng.random(at) < 0.5)  # 0: the number stays where it is
+        theta, g = be.asarray(halfway), be.asarray(g.astype(np.float32))
+        rounded_ = be.asarray(np.full(to + 64, 0xABCD, np.uint16))
+        rows, diverged = be.ops.step_rows(rule, [0.5], 1), be.asarray(np.zeros(1, np.int64))
+        for cost, taken in ((np.inf, False), (1.0, True)):
+            wanted = to_host(rounded_).copy()
+            be.ops.update_step(
+                rule, theta, g, (), rows[0], be.asarray(np.array([cost, 0.0])), diverged,
+                copies=(be.asarray(np.array(table, np.int64)), rounded_),
+            )  # fmt: skip
+            diverged[...] = 0
+            for (n, k), (start, size, _, there, padded) in zip(shapes, table, strict=True):
+                of = wanted[there : there + n * padded].reshape(n, padded)
+                if taken:
+                    of[:, :k] = to_bf16(to_host(theta)[start : start + size].reshape(n, k))
+            np.testing.assert_array_equal(to_host(rounded_), wanted)
+
+
+def test_a_delta_in_bf16_leaves_the_product_alone(fake):
+    """Delta[1] goes to its copy and nowhere else: it lies there once, not twice."""
+    with graph(bp.SGD(0.1), precision="float32", hidden="tanh") as its:
+        order = np.random.default_rng(1).permutation(N)
+        with its.problem.net.backend.active():
+            its.begin(order, ENDS, [0.1] * 3, 1)
+            its._enqueue(M, 0)
+        work, copies = (to_host(its._vectors[name]) for name in ("work", "rounded"))
+
+        def array(vector, places, name, stride):
+            at = places[name, 1].start
+            return vector[at : at + M * stride].reshape(M, stride)
+
+        product, A = (array(work, its.plan.workspace.places, name, 16) for name in ("Delta", "A"))
+        copy = array(copies, its.plan.rounded.places, "Delta", 16)
+        assert abs(from_bf16(copy)).max() > 0
+        np.testing.assert_allclose(from_bf16(copy), product * (1 - A**2), rtol=1e-2, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [12, 5])
+def test_rounding_what_is_not_ordinary(fake, n):
+    """Of a NaN, whatever its bits (a GPU's are all ones), no infinity and no zero; large numbers become infinite."""
+    bits = [0x7FFFFFFF, 0x7F800001, 0xFFFFFFFF, 0x7FC00000, 0x7F800000, 0xFF800000, 0x7F7FFFFF, 0x3F808000, 0x3F818000,
+            1, 0x80000000, 0x3F808001]  # fmt: skip
+    wanted = [0x7FFF] * 4 + [0x7F80, 0xFF80, 0x7F80, 0x3F80, 0x3F82, 0, 0x8000, 0x3F81]
+    be, ld = bp.backend.choose("cupy"), -(-n // 8) * 8
+    with be.active():
+        numbers = be.asarray(np.resize(np.array(bits, np.uint32), (12, n)).view(np.float32))
+        copy = be.asarray(np.full((12, ld), 0xABCD, np.uint16))
+        be.ops.launch(be.ops.kernel_of("round.cu", "round_rows", numbers.dtype), (2,), (32,), numbers, copy, 12, n, ld)
+        np.testing.assert_array_equal(to_host(copy)[:, :n], np.resize(np.array(wanted, np.uint16), (12, n)))
+        assert (to_host(copy)[:, n:] == 0xABCD).all()
+
+
+def test_weights_are_rounded_once_a_recording(fake):
+    """By the prologue of the first step; from then on by the updates."""
+    nodes = []
+    with graph(bp.SGD(0.1), precision="float32") as its, its.problem.net.backend.active():
+        its.begin(np.arange(N), [0, M, 2 * M], [0.1] * 2, 1)
+        for steps in (1, 2):
+            its._graph(M, steps)
+            nodes.append(fake_cupy.Counts.graph_nodes)
+        a_step = len(its.plan.operations) + 2  # survey and update
+        assert nodes == [len(its.plan.prologue) + steps * a_step + 1 for steps in (1, 2)]
