@@ -220,7 +220,7 @@ class Graph(Eager):
     """
 
     sizes: tuple[int, ...] = (64, 16, 1)
-    trains = True
+    trains = True  # else it is an evaluation, of data in its own order
     timed = 1  # of cuBLASLt's algorithms, to choose from; with more than one the bits are a matter of luck
     forked = False  # whether cuBLASLt makes dW on a branch of the graph, beside the Delta below; to be measured
 
@@ -253,7 +253,7 @@ class Graph(Eager):
         self._products: dict[plans.LibraryProduct, cublaslt.Product] = {}
         # An order may hold more than the data.
         self._order: Any = None if shape.ordered else cp.zeros(2 * n, np.int64)
-        self._next: _Order | None = None
+        self._next = None if shape.ordered else _Order(cp, n)
         self._state = cp.zeros(plans.STATE, np.uint64)
         self._vectors: dict[str, Any] = {
             "data": samples.X.reshape(-1), "targets": samples.T.reshape(-1), "weights": samples.weights,
@@ -296,7 +296,7 @@ class Graph(Eager):
         if "work" not in self._vectors:
             net = self.problem.net
             size = plan.workspace.size
-            whole = net.backend.xp.zeros(size + -(-2 * plan.rounded.size // net.dtype.itemsize), net.dtype)
+            whole = net.backend.xp.zeros(size + 2 * plan.rounded.size // net.dtype.itemsize, net.dtype)
             self._vectors |= {"work": whole[:size], "rounded": whole[size:].view(np.uint16)}
 
     def _offers(self, plan: plans.Plan, wanted: plans.LibraryProduct) -> str | None:
@@ -369,8 +369,7 @@ class Graph(Eager):
 
     def ahead(self, order: np.ndarray) -> None:
         """As `Eager.ahead`, on a stream of its own."""
-        if self.feed is None:
-            self._next = self._next or _Order(self.problem.net.backend.xp, len(order))
+        if self._next:
             self._next.take(order)
 
     def _go_on_from(self, i: int, unusual: int = 0) -> None:
@@ -558,13 +557,18 @@ class Graph(Eager):
     def close(self) -> None:
         """Wait for what was launched: then graphs and what they work on may go."""
         super().close()
-        if self._next:
-            self._next.stream.synchronize()
-        self.problem.net.backend.xp.cuda.get_current_stream().synchronize()
-        self._graphs.clear()
-        self._let_go()
-        for made in ("_launches", "_plan_of", "_vectors"):  # they hold on to this object, and to its memory
-            self.__dict__.pop(made, None)
+        streams = [self.problem.net.backend.xp.cuda.get_current_stream()]
+        streams += [self._next.stream] if self._next else []
+        streams += [self._branch] if "_branch" in self.__dict__ else []
+        try:
+            for stream in streams:
+                stream.synchronize()
+        finally:
+            self._graphs.clear()
+            self._let_go()
+            self._next = None
+            for made in ("_launches", "_plan_of", "_vectors"):  # they hold on to this object, and to its memory
+                self.__dict__.pop(made, None)
 
     def _let_go(self) -> None:
         """Give back what cuBLASLt made."""

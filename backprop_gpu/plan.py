@@ -231,14 +231,15 @@ class Plan:
                 work.take("mask", l, size)
             if net.f[l].derivative_from == "Z" and net.f[l].derivative is not None:
                 work.take("Z", l, size)
-            work.take("Delta", l, size)
+            if l > self.frozen:
+                work.take("Delta", l, size)
         work.take("Z", net.L, m * self.strides[-1])
         work.take("Delta", net.L, m * self.strides[-1])
         for name in ("C", "right", "w", "part"):
             work.take(name, net.L, m)
         if self._is_wide(1, m) and self.precision != "bf16":
             work.take("A", 0, m * net.layers[0])
-        if wide := [l for l in range(1, net.L + 1) if self._is_wide(l, m)]:
+        if wide := [l for l in range(self.frozen + 1, net.L + 1) if self._is_wide(l, m)]:
             most = max(max(net.layers[l], net.layers[l - 1]) for l in wide)
             work.take("sums", 0, grids.chunks(m)[0] * most)
         return work
@@ -249,7 +250,8 @@ class Plan:
         for l in range(1, net.L + 1):
             if self.precision == "bf16" and self._is_wide(l, m):
                 for name, of, rows in (("A", l - 1, m), ("W", l, net.layers[l]), ("Delta", l, m)):
-                    copies.take(name, of, rows * self._row(name, of)[1])
+                    if name != "Delta" or l > self.frozen:
+                        copies.take(name, of, rows * self._row(name, of)[1])
         return copies
 
     def _row(self, name: str, l: int) -> tuple[int, int]:
@@ -259,9 +261,9 @@ class Plan:
 
     def _operand(self, name: str, l: int) -> Place | None:
         """The copy of A[l], W[l] or Delta[l], where a product reads it."""
-        readers = {
+        readers = {  # the layer's other products are the library's if these are
             "A": (("forward", l + 1), ("weight_gradient", l + 1)), "W": (("forward", l), ("hidden_delta", l - 1)),
-            "Delta": (("hidden_delta", l - 1), ("weight_gradient", l)),
+            "Delta": (("weight_gradient", l),),
         }[name]  # fmt: skip
         if self.precision == "bf16" and any(reader in self.products for reader in readers):
             return self.rounded.places[name, l]

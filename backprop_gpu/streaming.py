@@ -68,7 +68,7 @@ def _needed(net: Network, rule: Optimizer, batch_size: int) -> int:
     """About how many bytes a run takes beside its data: vectors like theta, and what a batch computes on its way."""
     vectors = (rule.slots + 4) * net.theta.size
     on_the_way = 10 * max(batch_size, CHUNK_ROWS) * sum(net.layers)
-    return (vectors + on_the_way) * net.dtype.itemsize + WORKSPACE_BYTES
+    return (vectors + on_the_way) * net.dtype.itemsize + 2 * WORKSPACE_BYTES  # of the steps, and of evaluations
 
 
 class Feed:

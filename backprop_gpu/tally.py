@@ -56,7 +56,7 @@ class GraphTally(Tally):
             try:
                 return _added(self._recorded.sums())
             except Exception as e:
-                warnings.warn(f"no CUDA graph of an evaluation: {type(e).__name__}: {e}", stacklevel=2)
+                _warn(f"{type(e).__name__}: {e}")
                 self.close()
         return super().totals()
 
@@ -93,14 +93,22 @@ class _Forward(Graph):
 
 
 def tally_for(executor: Eager, samples: Samples, cost: Cost) -> Tally:
-    """The quickest Tally of a network that the executor trains."""
-    net = executor.problem.net
+    """The quickest Tally of a network that the executor trains; where there is no memory for it, say, another."""
+    net, failed = executor.problem.net, None
     if isinstance(executor, Graph) and executor.failed is None:
         try:
             return GraphTally(net, cost, samples)
         except plans.Unplanned:
             pass
+        except Exception as e:  # whose frames hold on to memory until it is left
+            failed = f"{type(e).__name__}: {e}"
+    if failed:
+        _warn(failed)
     return Tally(net, cost, samples)
+
+
+def _warn(why: str) -> None:
+    warnings.warn(f"no CUDA graph of an evaluation: {why}", stacklevel=3)
 
 
 def _added(sums: Array) -> tuple[float, float]:

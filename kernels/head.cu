@@ -6,8 +6,8 @@
 // the data, the other one null, gathered by `order` as in forward.cu; w (m,), or null, then `share` is the weight of
 // all. Delta (m, K); C, right (m,); below (m, n), or null, becomes Delta[L-1], with `kept` A[L-1] or Z[L-1], whichever f'
 // is taken from, and mask, or null, in rows of `A_stride`; where `rounded` is not null, Delta[L-1] goes there instead, as
-// bf16 in rows of `ld`. Z and Delta are in rows of `stride`. With `by_output` the
-// largest output decides what is predicted, not the largest z.
+// bf16 in rows of `ld`. Z and Delta are in rows of `stride`. With `by_output` the largest output decides what is
+// predicted, not the largest z.
 //
 // A block of 32 x WARPS threads works on ROWS samples: all threads on each product, a warp on each row of outputs; where
 // rows are long, (256, 1) on one sample at a time. The grid is (blocks, 1, models); then come the distances between
@@ -117,8 +117,8 @@ extern "C" __global__ __launch_bounds__(256, 1) void head(
     const real* A, int A_stride, const real* W, const real* b, real* Z, const long long* order, int batch,
     const long long* labels, const real* T, const real* w, real share, real smoothing, real parameter, int task,
     int by_output, real* Delta, int stride, real* C, real* right, const real* kept, const real* mask, real* below,
-    unsigned short* rounded, int ld, real bound, real bound_below, unsigned long long* state, int ahead, int m, int n, int K, long long of_theta,
-    long long of_work, long long of_order) {
+    unsigned short* rounded, int ld, real bound, real bound_below, unsigned long long* state, int ahead, int m, int n,
+    int K, long long of_theta, long long of_work, long long of_order) {
     __shared__ real z_of[ROWS][NARROW];
     __shared__ real d_of[ROWS][NARROW];
     __shared__ real y_of[ROWS][NARROW];

@@ -8,6 +8,7 @@ import weakref
 import fake_cupy
 import numpy as np
 import pytest
+from conftest import real_gpu
 
 import backprop_gpu as bp
 from backprop_gpu import network, plan, tally, training
@@ -22,11 +23,19 @@ CHUNK = 16
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
+def small_chunks(request, monkeypatch):
+    """On the stand-in, unless a test says where it runs."""
     for module in (network, tally):
         monkeypatch.setattr(module, "CHUNK_ROWS", CHUNK)
-    with fake_cupy.installed():
+    with contextlib.nullcontext() if "device" in request.fixturenames else fake_cupy.installed():
         yield
+
+
+@pytest.fixture(params=["fake cupy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def device(request):
+    """The stand-in, and a GPU."""
+    with fake_cupy.installed() if request.param == "fake cupy" else contextlib.nullcontext():
+        yield real_gpu()
 
 
 def data(n, K, kind="labels", weighted=False, dtype=np.float32, uint8=True):
@@ -52,7 +61,7 @@ def told(net, samples, kind=Tally, on_host=False, cost=None):
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 48, 50, 16 * 66 + 3])
 @pytest.mark.parametrize("on_host", [False, True])
-def test_as_numpy_says(n, on_host):
+def test_as_numpy_says(device, n, on_host):
     mine, its = nets(hidden="tanh", precision="float64")
     samples = data(n, 5, dtype=np.float64)
     cost, right = told(mine, samples)
@@ -76,7 +85,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=repr)
-def test_every_kind_of_network_and_target(settings):
+def test_every_kind_of_network_and_target(device, settings):
     settings = {"precision": "float32", **settings}
     kind, weighted, uint8 = (settings.pop(k, v) for k, v in (("kind", "labels"), ("weighted", 0), ("uint8", True)))
     cost = settings.pop("cost", None)
@@ -87,7 +96,7 @@ def test_every_kind_of_network_and_target(settings):
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
-def test_less_precise_steps_are_judged_in_float32(precision):
+def test_less_precise_steps_are_judged_in_float32(device, precision):
     (its,) = (bp.Network([12, 9, 5], backend="cupy", seed=4, precision=precision),)
     mine, samples = nets(precision="float32")[0], data(40, 5)
     np.testing.assert_allclose(told(its, samples, GraphTally), told(mine, samples), rtol=2e-6)
@@ -109,7 +118,7 @@ def test_wide_products_are_the_librarys(monkeypatch):
     assert not library.live
 
 
-def test_it_goes_by_the_theta_of_now_and_leaves_it_alone():
+def test_it_goes_by_the_theta_of_now_and_leaves_it_alone(device):
     mine, its = nets(precision="float64")
     samples, be = data(50, 5, dtype=np.float64), its.backend
     with be.active(), contextlib.closing(GraphTally(its, its.criterion, samples.on(be.asarray))) as of:
@@ -124,7 +133,7 @@ def test_it_goes_by_the_theta_of_now_and_leaves_it_alone():
             assert to_host(its.theta).tobytes() == before
 
 
-def test_a_chunk_out_of_the_ordinary_hides_nothing():
+def test_a_chunk_out_of_the_ordinary_hides_nothing(device):
     mine, its = nets(precision="float64", output="identity")
     samples = data(50, 5, "regression", dtype=np.float64)
     for net in (mine, its):
@@ -160,7 +169,20 @@ def test_the_quickest_that_is_there():
     assert tally_of(Graph, its, bp.Cost("strange", lambda *of: None, lambda *of: None)) is Tally
 
 
-def test_training_by_graphs_evaluates_by_graphs(monkeypatch):
+def test_where_there_is_no_memory_for_graphs_a_run_goes_on(monkeypatch):
+    def none_left(*args):
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(tally._Forward, "__init__", none_left)
+    rng = np.random.default_rng(0)
+    X, y = rng.integers(0, 256, (60, 12)).astype(np.uint8), rng.integers(0, 5, 60)
+    with pytest.warns(UserWarning, match="no CUDA graph of an evaluation: MemoryError: none left"):
+        history = bp.train(nets()[1], X, y, epochs=2, batch_size=16, validation=0.4)
+    assert len(history.validation_cost) == 2
+    assert history.executor == "graph"
+
+
+def test_training_by_graphs_evaluates_by_graphs(device):
     rng = np.random.default_rng(0)
     X, y = rng.integers(0, 256, (90, 12)).astype(np.uint8), rng.integers(0, 5, 90)
     histories = []
