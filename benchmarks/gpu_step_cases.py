@@ -123,6 +123,7 @@ def _trained(case: StepCase, kind: type[Eager], net: bp.Network, poison: bool) -
     with contextlib.closing(kind(case.problem(net), bp.SGD(LR), case.m, SEED, steps)) as executor:
         if isinstance(executor, Graph) and poison:
             executor._vectors["work"].fill(np.nan)
+            executor._vectors["rounded"].fill(0x7FFF)  # a NaN of bf16
         executor.begin(np.random.default_rng(1).permutation(case.ends[-1]), case.ends, [LR] * steps, 1)
         done = 0
         while done < steps:

@@ -1,6 +1,7 @@
 """Steps in which the products of wide layers are cuBLASLt's, on stand-ins of CuPy and of the library, beside NumPy."""
 
 import contextlib
+import functools
 import gc
 import json
 import sys
@@ -515,6 +516,7 @@ def test_the_benchmark_of_steps(fake, monkeypatch):
     from benchmarks import gpu_cublaslt
 
     monkeypatch.setattr(gpu_cublaslt, "A_GRAPH", 2)
+    monkeypatch.setattr(cublaslt, "by_events", functools.partial(cublaslt.by_events, runs=1, best_of=1))
     monkeypatch.setattr(plan, "NARROW", 8)
     monkeypatch.setattr(sys.modules["cupy"].cuda, "get_elapsed_time", lambda start, stop: 1.0, raising=False)
     before, told = dict(plan.WIDE), []
