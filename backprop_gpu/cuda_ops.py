@@ -310,34 +310,32 @@ def regularize(regularization: Regularization, theta: Array, is_weight: Array, g
         launch(kernel, grid, (grids.THREADS,), g, before, after, *grid, of.clip_norm or -1.0, n)
 
 
-def _adam_numbers(rule: Adam, c: tuple[float, ...]) -> tuple[float, ...]:
+def _adam_settings(rule: Adam) -> tuple[float, ...]:
     beta1, beta2 = rule.betas
-    return (*c, 1 - beta1, beta2, 1 - beta2, rule.weight_decay, rule.decoupled, rule.amsgrad)
+    return 1 - beta1, beta2, 1 - beta2, rule.weight_decay, rule.decoupled, rule.amsgrad
 
 
 class _Rule(NamedTuple):
     """What rules.cuh knows of a class of optimizers."""
 
     name: str
-    numbers: Callable[[Any, tuple[float, ...]], tuple[float, ...]]  # what it reads in a step, from its coefficients
+    settings: Callable[[Any], tuple[float, ...]]  # what it reads in a step behind the coefficients
     places: Callable[[Any], tuple[int, ...]]  # where it finds each slot
 
 
 _RULES: dict[type[Optimizer], _Rule] = {
-    SGD: _Rule("sgd", lambda r, c: (*c, r.momentum, r.weight_decay, r.nesterov), lambda r: (0,)),
-    AdaGrad: _Rule("adagrad", lambda r, c: (*c, r.weight_decay, r.eps), lambda r: (0,)),
+    SGD: _Rule("sgd", lambda r: (r.momentum, r.weight_decay, r.nesterov), lambda r: (0,)),
+    AdaGrad: _Rule("adagrad", lambda r: (r.weight_decay, r.eps), lambda r: (0,)),
     RMSProp: _Rule(
         "rmsprop",
-        lambda r, c: (*c, r.alpha, 1 - r.alpha, r.eps, r.weight_decay, r.momentum, r.centered),
+        lambda r: (r.alpha, 1 - r.alpha, r.eps, r.weight_decay, r.momentum, r.centered),
         lambda r: (0, 1, 2) if r.centered else (0, 2),
     ),
-    AdaDelta: _Rule("adadelta", lambda r, c: (*c, r.rho, 1 - r.rho, r.eps, r.weight_decay), lambda r: (0, 1)),
-    Adam: _Rule("adam", _adam_numbers, lambda r: (0, 1, 2)),
-    AdamW: _Rule("adam", _adam_numbers, lambda r: (0, 1, 2)),
-    NAdam: _Rule(
-        "nadam", lambda r, c: (*c, 1 - r.betas[0], r.betas[1], 1 - r.betas[1], r.weight_decay), lambda r: (0, 1)
-    ),
-    Lion: _Rule("lion", lambda r, c: (*c, r.betas[0], 1 - r.betas[0], r.betas[1], 1 - r.betas[1]), lambda r: (0,)),
+    AdaDelta: _Rule("adadelta", lambda r: (r.rho, 1 - r.rho, r.eps, r.weight_decay), lambda r: (0, 1)),
+    Adam: _Rule("adam", _adam_settings, lambda r: (0, 1, 2)),
+    AdamW: _Rule("adam", _adam_settings, lambda r: (0, 1, 2)),
+    NAdam: _Rule("nadam", lambda r: (1 - r.betas[0], r.betas[1], 1 - r.betas[1], r.weight_decay), lambda r: (0, 1)),
+    Lion: _Rule("lion", lambda r: (r.betas[0], 1 - r.betas[0], r.betas[1], 1 - r.betas[1]), lambda r: (0,)),
 }
 
 
@@ -362,9 +360,12 @@ def placed(rule: Optimizer, slots: Slots) -> tuple[Array | None, ...]:
 
 def host_rows(rule: Optimizer, lrs: Sequence[float], t: int) -> np.ndarray:
     """What `update` needs of the steps t, t + 1, ... (from 1) at these learning rates: a row each."""
-    numbers = _rule(rule).numbers
-    rows = [(i, lr, rule.weight_decay, *numbers(rule, rule.coefficients(lr, i))) for i, lr in enumerate(lrs, t)]
-    return np.array(rows, np.float64)
+    settings = _rule(rule).settings(rule)
+    coefficients = np.array([rule.coefficients(lr, i) for i, lr in enumerate(lrs, t)], np.float64)
+    rows = np.empty((len(lrs), 3 + coefficients.shape[1] + len(settings)))
+    rows[:, 0], rows[:, 1], rows[:, 2] = range(t, t + len(lrs)), lrs, rule.weight_decay
+    rows[:, 3 : 3 + coefficients.shape[1]], rows[:, 3 + coefficients.shape[1] :] = coefficients, settings
+    return rows
 
 
 def step_rows(rule: Optimizer, lrs: Sequence[float], t: int) -> Any:
