@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import gpu_steps
-from .gpu_recipe import RECIPES
+from .gpu_recipe import RECIPES, printed
 from .gpu_step_cases import Uncaptured
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,16 +145,7 @@ def main() -> int:
     if sys.argv[1:] == ["--run"]:
         print(DONE + json.dumps(list(run())), flush=True)
         return 0
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-
-    def emit(row: dict[str, Any]) -> None:
-        line = json.dumps(row)
-        print(line, flush=True)
-        if path is not None:
-            with path.open("a", encoding="utf-8") as f:
-                f.write(line + "\n")
-
-    told = counters(emit)
+    told = counters(printed(*sys.argv[1:2]))
     if not told.rows:
         print(told.why, file=sys.stderr)
     return 0 if told.rows else 1

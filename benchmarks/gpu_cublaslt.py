@@ -18,11 +18,9 @@ import collections
 import contextlib
 import ctypes
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +32,8 @@ from backprop_gpu.costs import choose_cost
 from backprop_gpu.cublaslt import PRECISIONS, WORKSPACE_BYTES, Library, Product, mask_shape
 from backprop_gpu.inputs import Samples
 from backprop_gpu.regularization import Regularization
+
+from .gpu_recipe import printed
 
 LAUNCHES, REPEATS = 10, 3
 SHAPES = (  # m, K, N; those that matter most first
@@ -64,7 +64,7 @@ ARITHMETIC = {"float32": "tf32x2", "tf32": "tf32", "bf16": "bf16", "float64": "f
 class Way(NamedTuple):
     """To make a step: with cuBLASLt or without, of how many algorithms, dW on a branch."""
 
-    library: bool
+    cublaslt: bool
     timed: int = 1
     forked: bool = False
 
@@ -413,7 +413,7 @@ def _step(layers: tuple[int, ...], m: int, precision: str, way: Way) -> tuple[di
     before = plan.WIDE, plan.arithmetic_of, executors.Graph.timed, executors.Graph.forked
     wide = plan.Wide(plan.NARROW + 1, 1)
     dtype = "float64" if precision == "float64" else "float32"
-    of_plan.WIDE, of_plan.arithmetic_of = {precision: wide} if way.library else {}, lambda *_: ARITHMETIC[precision]
+    of_plan.WIDE, of_plan.arithmetic_of = {precision: wide} if way.cublaslt else {}, lambda *_: ARITHMETIC[precision]
     executors.Graph.timed, executors.Graph.forked = way.timed, way.forked
     try:
         with contextlib.closing(_run_of(layers, m, dtype, bp.SGD(1.0))) as run, run.problem.net.backend.active():
@@ -465,18 +465,8 @@ def main() -> int:
     """Results to stdout, and to a file where one is named."""
     arguments = sys.argv[1:]
     what = steps if arguments[:1] == ["--steps"] else probe
-    paths = arguments[what is steps :]
-    path = Path(paths[0]) if paths else None
-
-    def emit(result: dict[str, Any]) -> None:
-        line = json.dumps(result)
-        print(line, flush=True)
-        if path is not None:
-            with path.open("a", encoding="utf-8") as f:
-                f.write(line + "\n")
-
     try:
-        return 0 if what(emit) else 1
+        return 0 if what(printed(*arguments[what is steps :][:1])) else 1
     except BackendError as e:
         print(e, file=sys.stderr)
         return 1

@@ -415,7 +415,7 @@ def peers(emit: Emit, seconds: float = SECONDS, folder: Path | None = None, quic
 def main(arguments: list[str]) -> int:
     """One library, as the command line asks."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_peers")
-    parser.add_argument("library", choices=list(LIBRARIES))
+    parser.add_argument("peer", choices=list(LIBRARIES))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=SECONDS)
     parser.add_argument("--turns", type=Path)
@@ -423,7 +423,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cpu", action="store_true")
     asked = parser.parse_args(arguments)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    worker(asked.library, asked.out, asked.quick, asked.cpu, asked.seconds, Turns(asked.turns))
+    worker(asked.peer, asked.out, asked.quick, asked.cpu, asked.seconds, Turns(asked.turns))
     return 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -146,6 +147,19 @@ def gradient_error(gradient: Sequence[np.ndarray], exact: Sequence[np.ndarray]) 
 
 
 # ---------------------------------------------------------------------------------------------------------- timing
+
+
+def printed(file: str | None = None) -> Callable[[dict[str, Any]], None]:
+    """What prints a result as a line of JSON, and adds it to the file, if there is one."""
+
+    def emit(result: dict[str, Any]) -> None:
+        line = json.dumps(result)
+        print(line, flush=True)
+        if file is not None:
+            with Path(file).open("a", encoding="utf-8") as f:
+                f.write(line + "\n")
+
+    return emit
 
 
 class Turns:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from backprop_gpu.network import Views
 from backprop_gpu.regularization import Regularization
 
 from . import gpu_recipe
-from .gpu_recipe import ALONE, LR, PRECISIONS, RECIPES, Check, Program, Recipe, Turns
+from .gpu_recipe import ALONE, LR, PRECISIONS, RECIPES, Check, Program, Recipe, Turns, printed
 
 ROOT = Path(__file__).resolve().parent.parent
 Emit = Callable[[dict[str, Any]], None]
@@ -144,16 +143,7 @@ def main() -> int:
         with executor.problem.net.backend.active():
             _first(recipe, executor)
         return 0
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-
-    def emit(row: dict[str, Any]) -> None:
-        line = json.dumps(row)
-        print(line, flush=True)
-        if path is not None:
-            with path.open("a", encoding="utf-8") as f:
-                f.write(line + "\n")
-
-    return 0 if steps(emit) else 1
+    return 0 if steps(printed(*sys.argv[1:2])) else 1
 
 
 if __name__ == "__main__":

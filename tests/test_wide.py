@@ -525,7 +525,7 @@ def test_the_benchmark_of_steps(fake, monkeypatch):
     json.dumps(told)
     assert before == plan.WIDE
     ways = ((False, 1, False), (True, 1, False), (True, 8, False), (True, 1, True))
-    assert [(r["precision"], r["library"], r["timed"], r["forked"], bool(r["products"])) for r in told] == [
+    assert [(r["precision"], r["cublaslt"], r["timed"], r["forked"], bool(r["products"])) for r in told] == [
         (name, *way, way[0]) for name in ("float64", "float32", "tf32", "bf16") for way in ways
     ]
     assert (Graph.timed, Graph.forked) == (1, False)
