@@ -171,7 +171,7 @@ KERNEL_TESTS = tuple(f"tests/test_{name}.py" for name in ("kernels", "step_kerne
 
 
 def kernel_tests(record: Record) -> Verdict:
-    """Each architecture function alone; every kernel against float64, its outputs poisoned before, by the suite."""
+    """Each architecture function alone; by the suite every kernel against its reference, poisoned before, and twice."""
     be, rows = backends.choose("cupy"), []
 
     def emit(row: dict[str, Any]) -> None:
