@@ -209,6 +209,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "tally",
         "super().__init__(problem, SGD(1.0), chunk, 0, len(self.ends) - 1)",
     ): "nothing is trained or dropped; rows to spare",
+    ("plan", "rows = 1 if m < 2 * self.device.processors else HEAD_WARPS"): _TUNED,
     ("tally", "self.t = 2"): "there is no step to come back to",
     ("tally", "i += self._launch(i, n + i)"): "where the data ends there are no more steps",
     (

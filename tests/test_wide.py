@@ -446,6 +446,18 @@ def test_plans_need_no_gpu(monkeypatch):
     assert len(planned(net, lambda of, product: "no").notes) == 1
 
 
+def test_walks_over_elements_have_their_blocks_side_by_side():
+    """As `Walk` and `over` of common.cuh count them."""
+    net = bp.Network([784, 512, 512, 10], "gelu", precision="float32")
+    walks = [
+        o
+        for o in planned(net, lambda of, product: None, m=2048, batch=2048).operations
+        if isinstance(o, plan.Operation) and o.kernel in ("step_gather", "bias_activate")
+    ]
+    sizes = [2048 * 784, 2048 * 512, 2048 * 512]
+    assert [o.grid for o in walks] == [(grids.blocks(size, 4), 1, 1) for size in sizes]
+
+
 def test_the_limits_as_they_are():
     """The layers and batches that count as wide."""
     for layers, m, wanted in (
