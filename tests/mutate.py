@@ -147,6 +147,7 @@ PLAN = {
         ("tests/test_graph.py", "tests/test_tally.py"),
         _DEVICE,
         ("tests/test_wide.py", "tests/test_bf16_products.py"),
+        ("tests/test_streaming.py",),
         *_plan("weights regularization dropout"),
     ],
     "plan": [
@@ -209,6 +210,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "tally",
         "super().__init__(problem, SGD(1.0), chunk, 0, len(self.ends) - 1)",
     ): "nothing is trained or dropped; rows to spare",
+    (
+        "executors",
+        "if self.feed and (most != 1 or self.feed.rest(i) == 1):",
+    ): "when the next chunk is fetched, for speed",
     ("plan", "rows = 1 if m < 2 * self.device.processors else HEAD_WARPS"): _TUNED,
     ("tally", "self.t = 2"): "there is no step to come back to",
     ("tally", "i += self._launch(i, n + i)"): "where the data ends there are no more steps",
@@ -421,7 +426,7 @@ class _Sites(ast.NodeVisitor):
             self.replace(f, BUILTINS[name])
         if name in ORDERED:
             self.neighbours(node.args[:2])
-        if name == "launch":  # the arguments behind kernel, grid and block
+        if name == "launch" and len(node.args) > 3:  # the arguments behind kernel, grid and block
             self.neighbours(node.args[2 if isinstance(node.args[1], ast.Starred) else 3 :])
         if name == "_same_shape":
             for a in node.args[1:]:
