@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, predict, gradcheck, example, doctor.
+"""The command line: train, evaluate, predict, gradcheck, example, bench, doctor.
 
 Data goes to stdout, everything else to stderr; `--json` prints one JSON object as the last line of stdout. Exit codes:
 0 done, 1 bad data, file or run, 2 bad flag or configuration, 130 interrupted, 143 terminated.
@@ -7,6 +7,8 @@ Data goes to stdout, everything else to stderr; `--json` prints one JSON object 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import io
 import json
 import math
@@ -16,6 +18,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -24,6 +27,7 @@ import click
 import numpy as np
 
 from . import __version__, backend, checkpoint, datasets, report, specs, training
+from . import bench as benching
 from .activations import HIDDEN, OUTPUT
 from .batches import KINDS, check_seed
 from .costs import COSTS, MAKERS, REDUCTIONS
@@ -32,7 +36,7 @@ from .examples import EXAMPLES
 from .gradient_check import DIRECTIONS, EPS, TOLERANCE, check_everything, gradient_check, sample_problem
 from .initializers import INITIALIZERS
 from .network import PRECISIONS, Network
-from .optimizers import OPTIMIZERS, choose_optimizer
+from .optimizers import OPTIMIZERS, Optimizer, choose_optimizer
 from .schedules import SCHEDULES, Warmup, choose_schedule
 
 PROGRAM = "backprop-gpu"
@@ -136,6 +140,97 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 on_backend = click.option("--backend", "where", type=Name("backend", BACKENDS), default="auto", show_default=True)
 
 
+PROBLEM = (
+    click.option(
+        "--data", default="mnist", show_default=True, metavar="mnist|DIR|FILE.npz", help="IDX files or arrays."
+    ),
+    click.option("--layers", type=Layers(), help="All widths, such as 784,512,10. Default: the data's, 512 between."),
+    click.option(
+        "--activation",
+        type=PerLayer(Name("activation", HIDDEN)),
+        default="relu",
+        show_default=True,
+        help="Of all hidden layers, or one each: relu,tanh.",
+    ),
+    click.option("--output", type=Name("output function", OUTPUT), help="Default: softmax for labels, else identity."),
+    click.option("--cost", type=COST, help="Default: the one that goes with the output."),
+    click.option(
+        "--init",
+        type=PerLayer(Name("initialiser", INITIALIZERS)),
+        default="he",
+        show_default=True,
+        help="Of the weights of all layers, or one each.",
+    ),
+    click.option("--bias/--no-bias", default=True, show_default=True),
+    click.option(
+        "--dropout", type=PerLayer(click.FLOAT), default=0.0, show_default=True, help="In hidden layers, or each."
+    ),
+    click.option(
+        "--optimizer",
+        type=Setting("optimizer", OPTIMIZERS, choose_optimizer),
+        default="adam",
+        show_default=True,
+        help="With settings: sgd:momentum=0.9,weight_decay=1e-4.",
+    ),
+    click.option("--lr", type=float, help=f"Default: {', '.join(f'{n} {lr:g}' for n, (lr, _) in OPTIMIZERS.items())}."),
+    click.option("--batch-size", type=BatchSize(), default=128, show_default=True),
+    click.option("--seed", type=int, default=0, show_default=True),
+    on_backend,
+    click.option("--precision", type=Name("precision", PRECISIONS), default="float32", show_default=True),
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is trained, on what, and how: the values of the flags of PROBLEM."""
+
+    data: str
+    layers: list[int] | None
+    activation: Any
+    output: str | None
+    cost: str | None
+    init: Any
+    bias: bool
+    dropout: Any
+    optimizer: str
+    lr: float | None
+    batch_size: int | str
+    seed: int
+    where: str
+    precision: str
+
+    def rule(self) -> Optimizer:
+        """The optimizer."""
+        return choose_optimizer(self.optimizer, self.lr)
+
+    def network(self, train_set: datasets.Dataset) -> Network:
+        """A network for the data; what the flags leave open, the data says."""
+        are_labels = train_set.labels.ndim == 1 and train_set.labels.dtype.kind != "f"
+        return Network(
+            self.layers or [train_set.images.shape[1], 512, _outputs(self.data, train_set.labels, are_labels)],
+            hidden=self.activation,
+            output=self.output or ("softmax" if are_labels else "identity"),
+            init=self.init,
+            bias=self.bias,
+            precision=self.precision,
+            seed=self.seed,
+            backend=self.where,
+            dropout=self.dropout,
+        )
+
+
+def described(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the flags of PROBLEM, and their values as its first argument, a Setup."""
+
+    @functools.wraps(command)
+    def with_setup(**flags: Any) -> None:
+        command(Setup(**{f.name: flags.pop(f.name) for f in dataclasses.fields(Setup)}), **flags)
+
+    for option in reversed(PROBLEM):
+        option(with_setup)
+    return with_setup
+
+
 @click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name=PROGRAM)
 def cli() -> None:
@@ -143,39 +238,10 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--data", default="mnist", show_default=True, metavar="mnist|DIR|FILE.npz", help="IDX files or arrays.")
-@click.option("--layers", type=Layers(), help="All widths, such as 784,512,10. Default: the data's, with 512 between.")
-@click.option(
-    "--activation",
-    type=PerLayer(Name("activation", HIDDEN)),
-    default="relu",
-    show_default=True,
-    help="Of all hidden layers, or one each: relu,tanh.",
-)
-@click.option("--output", type=Name("output function", OUTPUT), help="Default: softmax for labels, else identity.")
-@click.option("--cost", type=COST, help="Default: the one that goes with the output.")
+@described
 @click.option(
     "--reduction", type=Name("reduction", REDUCTIONS), default="mean", show_default=True, help="Of the costs."
 )
-@click.option(
-    "--init",
-    type=PerLayer(Name("initialiser", INITIALIZERS)),
-    default="he",
-    show_default=True,
-    help="Of the weights of all layers, or one each.",
-)
-@click.option("--bias/--no-bias", default=True, show_default=True)
-@click.option(
-    "--dropout", type=PerLayer(click.FLOAT), default=0.0, show_default=True, help="In hidden layers, or each."
-)
-@click.option(
-    "--optimizer",
-    type=Setting("optimizer", OPTIMIZERS, choose_optimizer),
-    default="adam",
-    show_default=True,
-    help="With settings: sgd:momentum=0.9,weight_decay=1e-4.",
-)
-@click.option("--lr", type=float, help=f"Default: {', '.join(f'{n} {lr:g}' for n, (lr, _) in OPTIMIZERS.items())}.")
 @click.option(
     "--schedule",
     type=Setting("schedule", SCHEDULES, choose_schedule),
@@ -185,7 +251,6 @@ def cli() -> None:
 )
 @click.option("--warmup", type=float, metavar="STEPS", help="Steps, or share of the run, before the schedule begins.")
 @click.option("--epochs", type=int, default=10, show_default=True)
-@click.option("--batch-size", type=BatchSize(), default=128, show_default=True)
 @click.option("--batches", type=Name("kind of batches", KINDS), default="shuffled", show_default=True)
 @click.option("--class-weight", type=ClassWeight(), help="Of the samples of each class in the cost.")
 @click.option("--l1", type=float, default=0.0, help="Penalty l1 sum |w| on the weights.")
@@ -205,27 +270,12 @@ def cli() -> None:
 @click.option(
     "--frozen", type=int, default=0, show_default=True, metavar="LAYERS", help="First layers to keep as they are."
 )
-@click.option("--seed", type=int, default=0, show_default=True)
-@on_backend
-@click.option("--precision", type=Name("precision", PRECISIONS), default="float32", show_default=True)
 @click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Write the model here, as safetensors.")
 @as_json
 def train(
-    data: str,
-    layers: list[int] | None,
-    activation: Any,
-    output: str | None,
-    cost: str | None,
-    init: Any,
-    bias: bool,
-    dropout: Any,
-    optimizer: str,
-    lr: float | None,
+    setup: Setup,
     schedule: str,
     warmup: float | None,
-    seed: int,
-    where: str,
-    precision: str,
     save: Path | None,
     pretrained: Path | None,
     carry_over: int | None,
@@ -233,38 +283,28 @@ def train(
     **settings: Any,
 ) -> None:
     """Train a network and measure it on the test data."""
-    rule, factor = choose_optimizer(optimizer, lr), choose_schedule(schedule)
+    rule, factor = setup.rule(), choose_schedule(schedule)
     if warmup is not None:
         factor = Warmup(warmup, factor)
-    train_set, test_set = datasets.load(data)
-    are_labels = train_set.labels.ndim == 1 and train_set.labels.dtype.kind != "f"
-    net = Network(
-        layers or [train_set.images.shape[1], 512, _outputs(data, train_set.labels, are_labels)],
-        hidden=activation,
-        output=output or ("softmax" if are_labels else "identity"),
-        init=init,
-        bias=bias,
-        precision=precision,
-        seed=seed,
-        backend=where,
-        dropout=dropout,
-    )
+    train_set, test_set = datasets.load(setup.data)
+    net = setup.network(train_set)
     if pretrained is not None:
-        net.carry_over(checkpoint.load_network(pretrained, where), 1 if carry_over is None else carry_over)
+        net.carry_over(checkpoint.load_network(pretrained, setup.where), 1 if carry_over is None else carry_over)
     elif carry_over is not None:
         raise ConfigError("--carry-over without --pretrained", "name the model to take layers from")
     if test_set is not None:
-        training.check_data(net, *test_set, cost=cost)  # before the training, not after it
+        training.check_data(net, *test_set, cost=setup.cost)  # before the training, not after it
     with report.ProgressBar() as bar:
         try:
             history = training.train(
                 net,
                 *train_set,
-                cost=cost,
+                cost=setup.cost,
                 optimizer=rule,
                 schedule=factor,
                 callbacks=[bar],
-                seed=seed,
+                batch_size=setup.batch_size,
+                seed=setup.seed,
                 save=save,
                 **settings,
             )
@@ -278,7 +318,7 @@ def train(
     result: dict[str, Any] = {
         "backend": net.backend.name,
         "device": net.backend.device,
-        "precision": precision,
+        "precision": setup.precision,
         "executor": history.executor,
         "layers": net.layers,
         "parameters": net.parameter_count,
@@ -291,7 +331,7 @@ def train(
         "test_cost": tested.cost if tested else None,
         "test_accuracy": tested.accuracy if tested else None,
         "stopped": history.stopped,
-        "seed": seed,
+        "seed": setup.seed,
     }
     if settings["validation"] is not None:
         result["validation_cost"] = history.validation_cost
@@ -468,6 +508,50 @@ def example(name: str | None, seed: int, plot: Path | None, where: str, as_json:
         chosen.plot(result, plot)
         report.tell(f"drawn to {plot}")
     _print(result, chosen.text(result), as_json)
+
+
+@cli.command()
+@described
+@click.option("--seconds", type=float, default=2.0, show_default=True, help="How long steps are timed.")
+@click.option("--profile", "taken_apart", is_flag=True, help="Tell where the time of a step goes.")
+@click.option("--startup", "started", is_flag=True, help="Tell how long importing and --help take.")
+@as_json
+def bench(setup: Setup, seconds: float, taken_apart: bool, started: bool, as_json: bool) -> None:
+    """Time training steps, and hold them against the least that they could take."""
+    backend.choose(setup.where)  # imports CuPy, where it is used
+    imported, _ = benching.resident()
+    rule, (train_set, test_set) = setup.rule(), datasets.load(setup.data)
+    net = setup.network(train_set)
+    m = len(train_set.labels) if setup.batch_size == "full" else setup.batch_size
+    steps: Any = (net, *train_set, rule, m, setup.cost, seconds, setup.seed)
+    found = benching.bench(*steps)
+    above = found.peak_rss - imported if found.peak_rss is not None and imported is not None else None
+    result = found.as_dict() | {
+        "seed": setup.seed,
+        "parameters": net.parameter_count,
+        "six_parameters_bytes": 6 * net.parameter_count * net.dtype.itemsize,
+        "data_bytes": sum(a.nbytes for a in (*train_set, *(test_set or ()))),
+        "peak_rss_above_imports": above,
+    }
+    texts = [str(found), _memory_text(result)]
+    if started:
+        start = benching.startup()
+        result["startup"] = start.as_dict()
+        texts.append(str(start))
+    if taken_apart:
+        parts = benching.profile(*steps)
+        result["profile"] = parts.as_dict()
+        texts += ["", str(parts)]
+    _print(result, "\n".join(texts), as_json)
+
+
+def _memory_text(result: dict[str, Any]) -> str:
+    """The memory of a `bench`, beside what the data and six vectors of the parameters take."""
+    above, data, six = (
+        "unknown" if result[key] is None else f"{result[key] / 2**20:.1f} MiB"
+        for key in ("peak_rss_above_imports", "data_bytes", "six_parameters_bytes")
+    )
+    return f"memory     {above} above the imports at most; the data {data}, six times the parameters {six}"
 
 
 @cli.command()

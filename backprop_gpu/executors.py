@@ -19,13 +19,14 @@ import numpy as np
 
 from . import cublaslt, driver
 from . import plan as plans
-from .activations import Array
+from .activations import OUTPUT, Array
 from .backend import to_host
-from .costs import Cost
+from .costs import MAKERS, Cost
 from .errors import BackendError, ConfigError
 from .inputs import Samples
 from .network import GPU_ONLY, Batch, Network, Views, backward, forward
 from .optimizers import Optimizer
+from .recording import Tape, Unrecordable
 from .regularization import Regularization
 from .streaming import Feed, greatest
 
@@ -173,11 +174,15 @@ class Eager:
         where it is known that the step was not applied, because the run has left the finite numbers.
         """
         self._backpropagate(i, start, stop, measured)
-        ops, regularization = self.problem.net.backend.ops, self.problem.regularization
+        regularization = self.problem.regularization
         with np.errstate(all="ignore"):
             if regularization:
-                ops.regularize(regularization, self.theta, self.is_weight, self.g)
-            return bool(ops.update(self.rule, self.theta, self.g, self.slots, self.rows[i], measured, self.diverged))
+                self.problem.net.backend.ops.regularize(regularization, self.theta, self.is_weight, self.g)
+            return self._update(i, measured)
+
+    def _update(self, i: int, measured: Array) -> bool:
+        update = self.problem.net.backend.ops.update
+        return bool(update(self.rule, self.theta, self.g, self.slots, self.rows[i], measured, self.diverged))
 
     def _of_step(self, i: int, start: int, stop: int) -> tuple[Samples, Any]:
         """Where the data of step i lies on the device, and which rows of it are the step's."""
@@ -188,25 +193,83 @@ class Eager:
 
     def _backpropagate(self, i: int, start: int, stop: int, measured: Array) -> None:
         """The part of a step before the update: its gradient and what it is judged by."""
-        problem, m = self.problem, stop - start
-        net, ops = problem.net, problem.net.backend.ops
-        samples, rows = self._of_step(i, start, stop)
-        of_T, of_w, of_part = self._of_batch
-        batch, T, mean = self.batch.first(m), of_T[:m], problem.reduction == "mean"
+        m = stop - start
+        batch, of_batch = self.batch.first(m), [a[:m] for a in self._of_batch]
         batch.draw = self.seed, self.t + i
         with np.errstate(all="ignore"):  # what is not finite is looked for, and told, by update
-            ops.gather(samples.X, rows, batch.A[0])
-            ops.gather(samples.T, rows, T)
-            w, part = None, 1 / m if mean else 1.0
-            if samples.weights is not None:
-                w = part = of_w[:m]
-                ops.gather(samples.weights, rows, w)
-                if mean:
-                    part = of_part[:m]
-                    ops.share(w, part)
-            forward(ops, net, batch)
-            backward(ops, net, batch, T, part, problem.cost, self.gradient, problem.frozen)
-            ops.measure(samples.task, net.g, batch.Z[-1], T, batch.C, w, measured)
+            self._calculate(*self._of_step(i, start, stop), batch, of_batch, measured)
+
+    def _calculate(self, samples: Samples, rows: Any, batch: Batch, of_batch: Sequence[Array], measured: Array) -> None:
+        """Gather these rows, forward, backward, measure; `of_batch`: see `_of_batch`, for as many samples."""
+        problem, (T, w, part) = self.problem, of_batch
+        net, ops, mean = problem.net, problem.net.backend.ops, problem.reduction == "mean"
+        ops.gather(samples.X, rows, batch.A[0])
+        ops.gather(samples.T, rows, T)
+        weighted = samples.weights is not None
+        if weighted:
+            ops.gather(samples.weights, rows, w)
+            if mean:
+                ops.share(w, part)
+        of_sample = (part if mean else w) if weighted else (1 / batch.m if mean else 1.0)
+        forward(ops, net, batch)
+        backward(ops, net, batch, T, of_sample, problem.cost, self.gradient, problem.frozen)
+        ops.measure(samples.task, net.g, batch.Z[-1], T, batch.C, w if weighted else None, measured)
+
+
+class Replay(Eager):
+    """Steps on NumPy, whose calls are written on a tape the first time and made again without the engine's Python.
+
+    The bits are those of `Eager`. What a tape cannot hold (see `recording`) runs as there. Raises Unrecordable for
+    what differs from step to step in more than the memory it reads: masks of dropout, and functions of one's own.
+    """
+
+    rung = "replay"
+
+    def __init__(self, problem: Problem, rule: Optimizer, batch_size: int, seed: int, steps: int) -> None:
+        net = problem.net
+        if any(net.rates) or problem.room is not None:
+            raise Unrecordable("each step has masks, or data, of its own")
+        if not ({f.name for f in (*net.f[1:], net.g)} <= OUTPUT.keys() and problem.cost.name.split(":")[0] in MAKERS):
+            raise Unrecordable("a function of one's own may do anything")
+        super().__init__(problem, rule, batch_size, seed, steps)
+        self._tapes: dict[int, Tape] = {}  # by the size of the batch
+        self._rows, self._measured = np.zeros(batch_size, np.int64), np.zeros(2)
+        self._coefficients = np.zeros(len(rule.coefficients(rule.lr, 1)), net.dtype)
+        self._rule: Tape | None = None
+
+    def _backpropagate(self, i: int, start: int, stop: int, measured: Array) -> None:
+        m = stop - start
+        self._rows[:m] = self.order[start:stop]
+        with np.errstate(all="ignore"):
+            if m in self._tapes:
+                self._tapes[m].replay()
+            else:
+                self._tapes[m] = self._recorded(m)
+        measured[...] = self._measured
+
+    def _recorded(self, m: int) -> Tape:
+        """The gradient of m samples, calculated and recorded."""
+        tape, ops = Tape(), self.problem.net.backend.ops
+        batch, of_batch = self.batch.first(m).through(tape.watched), [tape.watched(a[:m]) for a in self._of_batch]
+        with ops.recording(tape):
+            self._calculate(self.problem.samples, self._rows[:m], batch, of_batch, tape.watched(self._measured))
+        return tape
+
+    def _update(self, i: int, measured: Array) -> bool:
+        update, row = self.problem.net.backend.ops.update, self.rows[i]
+        return bool(update(self.rule, self.theta, self.g, self.slots, row, measured, self.diverged, self._apply))
+
+    def _apply(self, c: Sequence[float]) -> None:
+        """The rule, with these coefficients."""
+        self._coefficients[:] = c
+        if self._rule:
+            self._rule.replay()
+            return
+        self._rule, ops = Tape(), self.problem.net.backend.ops
+        theta, g, *slots = map(self._rule.watched, (self.theta, self.g, *self.slots))
+        scalars = [self._coefficients[j : j + 1].reshape(()) for j in range(len(c))]
+        with ops.recording(self._rule):
+            ops.apply_rule(self.rule, theta, g, tuple(slots), scalars)
 
 
 class Graph(Eager):
@@ -671,4 +734,7 @@ def choose(problem: Problem, rule: Optimizer, batch_size: int, seed: int, steps:
         except plans.Unplanned as e:
             if wanted == "graph":
                 raise ConfigError(f"no graph of steps: {e}", "unset BACKPROP_GPU_EXECUTOR") from None
+    if wanted != "eager" and problem.net.backend.name == "numpy":
+        with contextlib.suppress(Unrecordable):
+            return Replay(problem, rule, batch_size, seed, steps)
     return Eager(problem, rule, batch_size, seed, steps)

@@ -150,15 +150,22 @@ class Batch:
         """The same memory for the first m samples."""
         if m == self.m:
             return self
+        return self.through(lambda M: M[:m], m)
+
+    def through(self, f: Callable[[Array], Array], m: int | None = None) -> Batch:
+        """A batch of f(M) for each array M, of m samples (None: of as many)."""
         part = object.__new__(Batch)
-        part.m, part.draw = m, self.draw
-        part.A = [M[:m] for M in self.A]
-        part.mask = [None if M is None else M[:m] for M in self.mask]
-        part.F = [a if F is A else F[:m] for F, A, a in zip(self.F, self.A, part.A, strict=True)]
-        part.Z = [None, *(part.F[l] if self.Z[l] is self.F[l] else self.Z[l][:m] for l in range(1, len(self.A)))]
-        part.Z.append(self.Z[-1][:m])
-        part.Delta = [None if M is None else M[:m] for M in self.Delta]
-        part.C = self.C[:m]
+        part.m, part.draw = self.m if m is None else m, self.draw
+        made: dict[int, Array] = {}  # what is one array here is one array there
+
+        def each(M: Any) -> Any:
+            if M is not None and id(M) not in made:
+                made[id(M)] = f(M)
+            return None if M is None else made[id(M)]
+
+        for name in ("A", "mask", "F", "Z", "Delta"):
+            setattr(part, name, [each(M) for M in getattr(self, name)])
+        part.C = each(self.C)
         return part
 
 

@@ -7,6 +7,7 @@ nothing is allocated; elementwise work goes block by block, so that a block is s
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import threading
@@ -20,6 +21,7 @@ from . import costs, dropout
 from .activations import Activation, Array
 from .costs import Cost
 from .optimizers import Optimizer, Slots
+from .recording import Tape
 from .regularization import Regularization
 
 __all__ = [
@@ -37,7 +39,19 @@ _thread = threading.local()
 
 def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> Array:
     """An uninitialised array that the next call with the same name and dtype, in this thread, hands out again."""
-    return _kept(name, math.prod(shape), np.dtype(dtype), np.empty).reshape(shape)
+    a = _kept(name, math.prod(shape), np.dtype(dtype), np.empty).reshape(shape)
+    tape: Tape | None = getattr(_thread, "tape", None)
+    return tape.watched(a) if tape else a
+
+
+@contextlib.contextmanager
+def recording(tape: Tape) -> Iterator[None]:
+    """Within it scratch memory, too, is watched by this tape (in this thread)."""
+    _thread.tape = tape
+    try:
+        yield
+    finally:
+        del _thread.tape
 
 
 def _kept(name: str, size: int, dtype: np.dtype[Any], make: Callable[..., Array]) -> Array:
@@ -100,7 +114,10 @@ def output(g: Activation, Z: Array, A: Array) -> None:
 
 def share(w: Array, out: Array) -> None:
     """out = w_i / sum w, the part of each sample in the mean cost; all 0 where w is."""
-    np.divide(w, max(w.sum(), np.finfo(w.dtype).tiny), out=out)
+    whole = scratch("whole", (1,), w.dtype)
+    np.add.reduce(w, keepdims=True, out=whole)
+    np.maximum(whole, np.finfo(w.dtype).tiny, out=whole)
+    np.divide(w, whole, out=out)
 
 
 def output_delta(
@@ -152,7 +169,10 @@ def measure(task: str, g: Activation, Z: Array, T: Array, C: Array, w: Array | N
     """
     if w is not None:
         C = np.multiply(w, C, out=scratch("weighted", C.shape, np.float64), dtype=np.float64)
-    out[0] = np.add.reduce(C, dtype=np.float64)
+    np.add.reduce(C, dtype=np.float64, keepdims=True, out=out[:1])
+    if task == "regression":
+        return
+    right = scratch("right", C.shape, np.bool_)
     if task == "labels":
         scores = Z
         if not g.increasing:
@@ -160,12 +180,12 @@ def measure(task: str, g: Activation, Z: Array, T: Array, C: Array, w: Array | N
             output(g, Z, scores)
         label = np.argmax(scores, axis=1, out=scratch("label", C.shape, np.intp))
         wanted = T if T.ndim == 1 else np.argmax(T, axis=1, out=scratch("wanted label", C.shape, np.intp))
-        out[1] = np.count_nonzero(np.equal(label, wanted, out=scratch("right", C.shape, np.bool_)))
-    elif task in ("binary", "multilabel"):
+        np.equal(label, wanted, out=right)
+    else:
         is_one = np.greater(Z, 0, out=scratch("is one", Z.shape, np.bool_))
         wanted = np.greater(T, 0.5, out=scratch("wanted one", Z.shape, np.bool_))
-        right = np.equal(is_one, wanted, out=is_one)
-        out[1] = np.count_nonzero(np.logical_and.reduce(right, axis=1, out=scratch("right", C.shape, np.bool_)))
+        np.logical_and.reduce(np.equal(is_one, wanted, out=is_one), axis=1, out=right)
+    np.add.reduce(right, dtype=np.float64, keepdims=True, out=out[1:])
 
 
 def regularize(regularization: Regularization, theta: Array, is_weight: Array, g: Array) -> None:
@@ -196,8 +216,9 @@ def step_rows(rule: Optimizer, lrs: Sequence[float], t: int) -> Any:
 
 
 def update(
-    rule: Optimizer, theta: Array, gradient: Array, slots: Slots, row: Any, measured: Array, diverged: Array
-) -> bool:
+    rule: Optimizer, theta: Array, gradient: Array, slots: Slots, row: Any, measured: Array, diverged: Array,
+    apply: Callable[[tuple[float, ...]], Any] | None = None,
+) -> bool:  # fmt: skip
     """Apply `rule` to the flat vectors, as the step that `row` of `step_rows` says, unless the run has diverged.
 
     The first step whose cost (measured[0]), squared gradient norm or outcome is not finite is latched in diverged[0];
@@ -217,16 +238,24 @@ def update(
         reach += rule.weight_decay * math.sqrt(float(np.dot(theta, theta)))
     risky = max(lr, 1.0) * reach > HUGE_STEP or lr * rule.weight_decay >= 1
     before = [v.copy() for v in (theta, *slots)] if risky else []
-    for i in range(0, theta.size, BLOCK):
-        part = slice(i, min(i + BLOCK, theta.size))
-        size = (part.stop - i,)
-        s = scratch("block 0", size, theta.dtype), scratch("block 1", size, theta.dtype)
-        rule.apply(np, theta[part], gradient[part], tuple(v[part] for v in slots), c, s)
+    if apply:
+        apply(c)
+    else:
+        apply_rule(rule, theta, gradient, slots, c)
     if risky and not all(np.isfinite(v).all() for v in (theta, *slots)):
         diverged[0] = t
         for v, old in zip((theta, *slots), before, strict=True):
             v[...] = old
     return not diverged[0]
+
+
+def apply_rule(rule: Optimizer, theta: Array, gradient: Array, slots: Slots, c: Sequence[Any]) -> None:
+    """`rule` with the coefficients c of a step, block by block."""
+    for i in range(0, theta.size, BLOCK):
+        part = slice(i, min(i + BLOCK, theta.size))
+        size = (part.stop - i,)
+        s = scratch("block 0", size, theta.dtype), scratch("block 1", size, theta.dtype)
+        rule.apply(np, theta[part], gradient[part], tuple(v[part] for v in slots), c, s)
 
 
 def dot_targets(T: Array, M: Array, out: Array) -> None:
