@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from . import cuda_source
+from . import blas, cuda_source
 from .activations import Array
 from .errors import BackendError, ConfigError, lookup
 
@@ -55,7 +55,7 @@ class Backend:
 
     `name` is "numpy" or "cupy"; `xp` the array module; `ops` the module of operations; `device` in words; `index` the
     CUDA device's number (None on NumPy); `reason` one line that says why this backend, `cure` one that says what would
-    make it a GPU, where something would.
+    make it a GPU, where something would. `fast`: on NumPy, whether numba compiles the operations (see `fast_ops`).
     """
 
     name: str
@@ -65,11 +65,12 @@ class Backend:
     reason: str
     index: int | None = None
     cure: str = ""
+    fast: bool = False
 
     def active(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which arrays of this backend are made and used."""
         if self.index is None:
-            return contextlib.nullcontext()
+            return blas.threads.kept(1 if self.fast else None)
         _refuse_after_fork()
         return self.xp.cuda.Device(self.index)
 
@@ -141,7 +142,29 @@ def choose(name: str = "auto") -> Backend:
 
 
 def _numpy(reason: str, cure: str = "") -> Backend:
-    return Backend("numpy", np, importlib.import_module(".numpy_ops", __package__), "CPU", reason, cure=cure)
+    trouble = no_fast(os.environ.get("BACKPROP_GPU_FAST") or "auto")
+    ops = importlib.import_module(".numpy_ops" if trouble else ".fast_ops", __package__)
+    return Backend("numpy", np, ops, "CPU", reason, cure=cure, fast=not trouble)
+
+
+@functools.cache
+def no_fast(wanted: str) -> str:
+    """Why NumPy's operations run without numba, else nothing; `wanted`: "auto", "1" or "0".
+
+    Raises ConfigError for another wish, and where "1" cannot be.
+    """
+    if wanted not in ("auto", "0", "1"):
+        raise ConfigError(f"BACKPROP_GPU_FAST is {wanted!r}", "set it to 1, 0 or auto")
+    if wanted == "0":
+        return "BACKPROP_GPU_FAST is 0"
+    try:
+        importlib.import_module(".fast_ops", __package__)
+    except Exception as e:  # numba tells in several ways that it does not go with this NumPy, Python or machine
+        trouble = "numba is not installed" if getattr(e, "name", None) == "numba" else f"numba: {_line(e)}"
+        if wanted == "1":
+            raise ConfigError(f"BACKPROP_GPU_FAST is 1, but {trouble}", "pip install numba, or unset it") from None
+        return trouble
+    return ""
 
 
 def device_index() -> int:

@@ -75,8 +75,9 @@ class Eager:
 
     @property
     def told(self) -> str:
-        """The rung, and whether data is streamed."""
-        return self.rung + ", data streamed" * (self.feed is not None)
+        """The rung, whether numba compiles its operations, and whether data is streamed."""
+        how = ", numba" if self.problem.net.backend.fast else ", data streamed" if self.feed else ""
+        return self.rung + how
 
     @functools.cached_property
     def batch(self) -> Batch:
@@ -234,8 +235,8 @@ class Replay(Eager):
         super().__init__(problem, rule, batch_size, seed, steps)
         self._tapes: dict[int, Tape] = {}  # by the size of the batch
         self._rows, self._measured = np.zeros(batch_size, np.int64), np.zeros(2)
-        self._coefficients = np.zeros(len(rule.coefficients(rule.lr, 1)), net.dtype)
-        self._rule: Tape | None = None
+        ops = net.backend.ops
+        self._apply = ops.prepared(rule, self.theta, self.g, self.slots, Tape())
 
     def _backpropagate(self, i: int, start: int, stop: int, measured: Array) -> None:
         m = stop - start
@@ -258,18 +259,6 @@ class Replay(Eager):
     def _update(self, i: int, measured: Array) -> bool:
         update, row = self.problem.net.backend.ops.update, self.rows[i]
         return bool(update(self.rule, self.theta, self.g, self.slots, row, measured, self.diverged, self._apply))
-
-    def _apply(self, c: Sequence[float]) -> None:
-        """The rule, with these coefficients."""
-        self._coefficients[:] = c
-        if self._rule:
-            self._rule.replay()
-            return
-        self._rule, ops = Tape(), self.problem.net.backend.ops
-        theta, g, *slots = map(self._rule.watched, (self.theta, self.g, *self.slots))
-        scalars = [self._coefficients[j : j + 1].reshape(()) for j in range(len(c))]
-        with ops.recording(self._rule):
-            ops.apply_rule(self.rule, theta, g, tuple(slots), scalars)
 
 
 class Graph(Eager):

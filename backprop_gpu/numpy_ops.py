@@ -19,6 +19,7 @@ import numpy as xp  # the array module, under the name that code for both backen
 
 from . import costs, dropout
 from .activations import Activation, Array
+from .blas import matmul
 from .costs import Cost
 from .optimizers import Optimizer, Slots
 from .recording import Tape
@@ -33,6 +34,8 @@ __all__ = [
 # Elements a block: of 2^13..2^18 and unblocked, best or near it for Adam on 0.4 M and 5.8 M float32 parameters (Zen 3).
 BLOCK = 1 << 17
 HUGE_STEP = 1e12
+
+Rule = Callable[[tuple[float, ...]], Any]  # applies a rule with the coefficients of a step
 
 _thread = threading.local()
 
@@ -85,14 +88,19 @@ def gather(data: Array, rows: Array | slice, out: Array) -> None:
 
 def affine(W: Array, A_below: Array, b: Array | None, Z: Array) -> None:
     """Z = W A_below + b."""
-    np.matmul(A_below, W.T, out=Z)
+    matmul(A_below, W.T, out=Z)
     if b is not None:
         np.add(Z, b, out=Z)
 
 
 def affine_activate(W: Array, A_below: Array, b: Array | None, f: Activation, Z: Array, A: Array) -> None:
     """Z = W A_below + b, A = f(Z). Z and A may be one array; then only A is left in it."""
-    np.matmul(A_below, W.T, out=Z)
+    matmul(A_below, W.T, out=Z)
+    activate(b, f, Z, A)
+
+
+def activate(b: Array | None, f: Activation, Z: Array, A: Array) -> None:
+    """Z = Z + b, A = f(Z), as in `affine_activate`."""
     for rows, s in _row_blocks(Z):
         z = Z[rows]
         if b is not None:
@@ -146,7 +154,12 @@ def hidden_delta(
     f' is taken from A or Z as f says. With dropout A = f(Z) is what was there before it, and out = mask ⊙ f'(Z) ⊙
     (W^T Delta).
     """
-    np.matmul(Delta, W, out=out)
+    matmul(Delta, W, out=out)
+    differentiate(f, Z, A, mask, out, db)
+
+
+def differentiate(f: Activation, Z: Array, A: Array, mask: Array | None, out: Array, db: Array | None) -> None:
+    """out = mask ⊙ f'(Z) ⊙ out, db = out 1, as in `hidden_delta`."""
     if mask is not None:
         np.multiply(out, mask, out=out)
     if f.derivative is not None:
@@ -159,7 +172,7 @@ def hidden_delta(
 
 def weight_gradient(Delta: Array, A_below: Array, dW: Array) -> None:
     """dW = Delta A_below^T. The 1/m stands in Delta already."""
-    np.matmul(Delta.T, A_below, out=dW)
+    matmul(Delta.T, A_below, out=dW)
 
 
 def measure(task: str, g: Activation, Z: Array, T: Array, C: Array, w: Array | None, out: Array) -> None:
@@ -217,16 +230,24 @@ def step_rows(rule: Optimizer, lrs: Sequence[float], t: int) -> Any:
 
 def update(
     rule: Optimizer, theta: Array, gradient: Array, slots: Slots, row: Any, measured: Array, diverged: Array,
-    apply: Callable[[tuple[float, ...]], Any] | None = None,
+    apply: Rule | None = None,
 ) -> bool:  # fmt: skip
     """Apply `rule` to the flat vectors, as the step that `row` of `step_rows` says, unless the run has diverged.
 
     The first step whose cost (measured[0]), squared gradient norm or outcome is not finite is latched in diverged[0];
     that step and all after it leave theta and slots as they are. Returns False where it is known that nothing was
-    applied.
+    applied. `apply`: what `prepared` gave for these vectors, else it is prepared here.
     """
-    t, lr, c = row
     norm2 = float(np.dot(gradient, gradient))
+    apply = apply or prepared(rule, theta, gradient, slots)
+    return guarded(rule, theta, norm2, slots, row, measured, diverged, apply)
+
+
+def guarded(
+    rule: Optimizer, theta: Array, norm2: float, slots: Slots, row: Any, measured: Array, diverged: Array, apply: Rule
+) -> bool:
+    """`update` with a squared gradient norm."""
+    t, lr, c = row
     if diverged[0] == 0 and not (math.isfinite(measured[0]) and math.isfinite(norm2)):
         diverged[0] = t
     if diverged[0]:
@@ -238,10 +259,7 @@ def update(
         reach += rule.weight_decay * math.sqrt(float(np.dot(theta, theta)))
     risky = max(lr, 1.0) * reach > HUGE_STEP or lr * rule.weight_decay >= 1
     before = [v.copy() for v in (theta, *slots)] if risky else []
-    if apply:
-        apply(c)
-    else:
-        apply_rule(rule, theta, gradient, slots, c)
+    apply(c)
     if risky and not all(np.isfinite(v).all() for v in (theta, *slots)):
         diverged[0] = t
         for v, old in zip((theta, *slots), before, strict=True):
@@ -249,8 +267,27 @@ def update(
     return not diverged[0]
 
 
-def apply_rule(rule: Optimizer, theta: Array, gradient: Array, slots: Slots, c: Sequence[Any]) -> None:
-    """`rule` with the coefficients c of a step, block by block."""
+def prepared(rule: Optimizer, theta: Array, gradient: Array, slots: Slots, tape: Tape | None = None) -> Rule:
+    """What applies `rule` with the coefficients that it is given; with an empty tape, by what is recorded on it."""
+    scalars = np.zeros(len(rule.coefficients(rule.lr, 1)), theta.dtype)
+
+    def apply(c: tuple[float, ...]) -> None:
+        if tape is None:
+            _apply(rule, theta, gradient, slots, c)
+            return
+        scalars[:] = c
+        if tape.calls:
+            tape.replay()
+            return
+        with recording(tape):
+            watched, g, *rest = map(tape.watched, (theta, gradient, *slots))
+            _apply(rule, watched, g, tuple(rest), [scalars[j : j + 1].reshape(()) for j in range(len(c))])
+
+    return apply
+
+
+def _apply(rule: Optimizer, theta: Array, gradient: Array, slots: Slots, c: Sequence[Any]) -> None:
+    """`rule`, block by block."""
     for i in range(0, theta.size, BLOCK):
         part = slice(i, min(i + BLOCK, theta.size))
         size = (part.stop - i,)

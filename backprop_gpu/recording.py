@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from . import blas
 from .activations import Array
 
 
@@ -48,7 +49,7 @@ class Tape:
 class _Watched(np.ndarray):
     """A view of memory, whose uses by NumPy are written on its tape."""
 
-    tape: Tape | None
+    tape: Tape | None = None
 
     def __array_finalize__(self, of: Any) -> None:
         self.tape = getattr(of, "tape", None)
@@ -56,7 +57,8 @@ class _Watched(np.ndarray):
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = (), **more: Any) -> Any:
         if len(out) != 1 or out[0] is None:
             raise Unrecordable(f"{ufunc.__name__} makes an array of its own")
-        _tape_of((*inputs, *out)).note(getattr(ufunc, method), inputs, {"out": out[0], **more})
+        f = blas.matmul if ufunc is np.matmul else getattr(ufunc, method)
+        _tape_of((*inputs, *out)).note(f, inputs, {"out": out[0], **more})
         return out[0]
 
     def __array_function__(self, f: Any, types: Any, args: Any, kwargs: Any) -> Any:
@@ -93,6 +95,15 @@ _FUNCTIONS: dict[Any, tuple[str | None, int | None]] = {
     np.take: ("take", None),
     np.argmax: ("argmax", None),
 }
+
+
+def noted(f: Callable[..., Any], *arguments: Any) -> None:
+    """f(*arguments), on the memory itself; written down where any of them is watched."""
+    tape = next((a.tape for a in arguments if isinstance(a, _Watched)), None)
+    if tape:
+        tape.note(f, arguments, {})
+    else:
+        f(*arguments)
 
 
 def _plain(a: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from . import inputs
+from . import blas, inputs
 from .activations import Array
 from .backend import to_host
 from .batches import KINDS, check_seed, epoch_plan, split_off, steps_per_epoch
@@ -488,7 +488,8 @@ def _alone(net: Network) -> Iterator[None]:
 
 def _call(callback: Hook, run: Run) -> None:
     try:
-        callback(run)
+        with blas.threads.lent():
+            callback(run)
     except Exception as e:
         e.add_note(
             f"raised by the callback {callback!r} in epoch {run.epoch}, after step {run.step}; "

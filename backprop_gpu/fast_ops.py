@@ -1,0 +1,186 @@
+"""The engine's instruction set on NumPy arrays with numba: what `numpy_ops` does in passes in one, in threads.
+
+Names and signatures are those of `numpy_ops`, which is the reference, and does what is not here: functions of exp and
+log, which its passes make faster than a loop, and rare cases. Each product is made in parts, one a thread, that depend
+on its shape and the number of threads alone, by OpenBLAS with one thread each; what follows elementwise is done to a
+part while it is in the cache.
+
+numba compiles a kernel when it is first needed, which takes some seconds, and keeps it in its cache (NUMBA_CACHE_DIR).
+Importing this raises ImportError where numba or OpenBLAS is missing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numba
+import numpy as np
+
+from . import fast_kernels as kernels
+from . import numpy_ops
+from .activations import Activation, Array
+from .costs import COSTS, Cost
+from .numpy_ops import (  # noqa: F401 - the rest of the instruction set
+    Rule, counting, dot_targets, drop, output, recording, regularize, scratch, share, step_rows, subtract_targets, xp,
+)  # fmt: skip
+from .optimizers import SGD, AdaDelta, AdaGrad, Adam, AdamW, Lion, NAdam, Optimizer, RMSProp, Slots
+from .recording import Tape, noted
+
+# The work that is worth one more thread, whose start takes some 3 us (Zen 3, OpenMP): multiply-adds of a product,
+# elements of a pass, exponentials.
+PRODUCT, PASS, EXPONENTIALS = 250_000, 30_000, 600
+
+_alone = False
+
+
+def _in_a_child() -> None:
+    global _alone
+    _alone = True  # OpenMP's threads are not there after a fork
+
+
+os.register_at_fork(after_in_child=_in_a_child)
+
+
+def threads() -> int:
+    """How many threads a kernel may use."""
+    return 1 if _alone else numba.get_num_threads()
+
+
+def _parts(work: int, worth: int) -> int:
+    return max(1, min(threads(), work // worth))
+
+
+def gather(data: Array, rows: Array | slice, out: Array) -> None:
+    """As `numpy_ops.gather`."""
+    if data.dtype == np.uint8 and data.ndim == 2 and out.dtype != np.uint8 and not isinstance(rows, slice):
+        noted(kernels.gather, _parts(out.size, PASS), data, rows, out)
+    else:
+        numpy_ops.gather(data, rows, out)
+
+
+def _product_parts(m: int, n: int, k: int) -> tuple[int, bool]:
+    """In how many parts a product of (m, k) and (k, n) is made, and whether these are rows, else columns."""
+    parts = _parts(m * n * k, PRODUCT)
+    return parts, m >= n
+
+
+def affine(W: Array, A_below: Array, b: Array | None, Z: Array) -> None:
+    """Z = W A_below + b."""
+    noted(kernels.affine, *_product_parts(*Z.shape, W.shape[1]), W, A_below, b, kernels.NONE, Z, None)
+
+
+def affine_activate(W: Array, A_below: Array, b: Array | None, f: Activation, Z: Array, A: Array) -> None:
+    """Z = W A_below + b, A = f(Z). Z and A may be one array; then only A is left in it."""
+    parts = _product_parts(*Z.shape, W.shape[1])
+    if f.name in kernels.VALUES:
+        noted(kernels.affine, *parts, W, A_below, b, kernels.VALUES[f.name], Z, None if A is Z else A)
+    else:
+        noted(kernels.affine, *parts, W, A_below, b, kernels.NONE, Z, None)
+        numpy_ops.activate(None, f, Z, A)
+
+
+def output_delta(
+    cost: Cost, g: Activation, Z: Array, T: Array, w: float | Array, Delta: Array, C: Array, db: Array | None = None
+) -> None:
+    """As `numpy_ops.output_delta`."""
+    if cost != COSTS["cross_entropy"] or T.ndim != 1:
+        numpy_ops.output_delta(cost, g, Z, T, w, Delta, C, db)
+        return
+    parts = _parts(Z.size, EXPONENTIALS)
+    part, of_sample = (w, None) if isinstance(w, float) else (0.0, w)
+    sums = scratch("sums", (parts, Z.shape[1]), Z.dtype)
+    noted(kernels.cross_entropy, parts, Z, T, part, of_sample, Delta, C, sums, db)
+
+
+def hidden_delta(
+    W: Array, Delta: Array, f: Activation, Z: Array, A: Array, mask: Array | None, out: Array, db: Array | None = None
+) -> None:
+    """As `numpy_ops.hidden_delta`."""
+    parts, by_rows = _product_parts(*out.shape, len(W))
+    sums = scratch("sums", (parts, out.shape[1]), out.dtype)
+    if f.name in kernels.DERIVATIVES:
+        how = kernels.DERIVATIVES[f.name]
+        noted(kernels.hidden_delta, parts, by_rows, W, Delta, A, how, mask, out, sums, db)
+    else:
+        noted(kernels.hidden_delta, parts, by_rows, W, Delta, A, kernels.NONE, mask, out, sums, None)
+        numpy_ops.differentiate(f, Z, A, None, out, db)
+
+
+def weight_gradient(Delta: Array, A_below: Array, dW: Array) -> None:
+    """dW = Delta A_below^T. The 1/m stands in Delta already."""
+    parts, _ = _product_parts(*dW.shape, len(Delta))
+    noted(kernels.weight_gradient, parts, len(dW) >= 16, Delta, A_below, dW)
+
+
+def measure(task: str, g: Activation, Z: Array, T: Array, C: Array, w: Array | None, out: Array) -> None:
+    """As `numpy_ops.measure`."""
+    if task == "labels" and g.increasing and T.ndim == 1:
+        noted(kernels.count_labels, Z, T, C, w, out)
+    else:
+        numpy_ops.measure(task, g, Z, T, C, w, out)
+
+
+def update(
+    rule: Optimizer, theta: Array, gradient: Array, slots: Slots, row: Any, measured: Array, diverged: Array,
+    apply: Rule | None = None,
+) -> bool:  # fmt: skip
+    """As `numpy_ops.update`."""
+    parts = _parts(theta.size, PASS)
+    sums = scratch("squares", (parts,), np.float64)
+    kernels.squares(parts, gradient, sums)
+    apply = apply or prepared(rule, theta, gradient, slots)
+    return numpy_ops.guarded(rule, theta, float(sums[0]), slots, row, measured, diverged, apply)
+
+
+def prepared(rule: Optimizer, theta: Array, gradient: Array, slots: Slots, tape: Tape | None = None) -> Rule:
+    """What applies `rule` with the coefficients that it is given. Needs no tape but for a rule of one's own."""
+    known = _numbers(rule)
+    if known is None:
+        return numpy_ops.prepared(rule, theta, gradient, slots, tape)
+    kind, decay, numbers = known
+    count = len(rule.coefficients(rule.lr, 1))
+    h = np.array([decay, *[0.0] * count, *numbers], theta.dtype)
+    none = np.empty(0, theta.dtype)
+    if isinstance(rule, RMSProp):  # v, then what averages the gradient, then what averages the steps
+        rest = iter(slots[1:])
+        given = [slots[0], next(rest) if rule.centered else none, next(rest) if rule.momentum else none]
+    else:
+        given = [*slots, none, none, none][:3]
+    parts = _parts(theta.size, PASS)
+
+    def apply(c: tuple[float, ...]) -> None:
+        h[1 : 1 + count] = c
+        kernels.update(parts, kind, theta, gradient, *given, h)
+
+    return apply
+
+
+def _numbers(rule: Optimizer) -> tuple[int, float, tuple[float, ...]] | None:
+    """The kernel's number of a rule, its coupled decay, and the numbers that come after the step's coefficients."""
+    decay, kind = rule.weight_decay, type(rule)
+    if kind is SGD:
+        assert isinstance(rule, SGD)
+        which = kernels.NESTEROV if rule.nesterov else kernels.MOMENTUM if rule.momentum else kernels.SGD
+        return which, decay, (rule.momentum,)
+    if kind is AdaGrad:
+        return kernels.ADAGRAD, decay, (rule.eps,)
+    if kind is RMSProp:
+        assert isinstance(rule, RMSProp)
+        return kernels.RMSPROP, decay, (rule.alpha, 1 - rule.alpha, rule.eps, rule.momentum, float(rule.centered))
+    if kind is AdaDelta:
+        assert isinstance(rule, AdaDelta)
+        return kernels.ADADELTA, decay, (rule.rho, 1 - rule.rho, rule.eps)
+    if kind in (Adam, AdamW):
+        assert isinstance(rule, Adam)
+        (beta1, beta2), coupled = rule.betas, 0.0 if rule.decoupled else decay
+        return kernels.AMSGRAD if rule.amsgrad else kernels.ADAM, coupled, (1 - beta1, beta2, 1 - beta2)
+    if kind is NAdam:
+        assert isinstance(rule, NAdam)
+        beta1, beta2 = rule.betas
+        return kernels.NADAM, decay, (1 - beta1, beta2, 1 - beta2)
+    if kind is Lion:
+        assert isinstance(rule, Lion)
+        beta1, beta2 = rule.betas
+        return kernels.LION, 0.0, (beta1, 1 - beta1, beta2, 1 - beta2)
+    return None
