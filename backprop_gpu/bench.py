@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__, floors
+from . import __version__, blas, floors
 from .backend import Backend
 from .costs import Cost, choose_cost
 from .executors import Eager
@@ -191,7 +191,7 @@ def bench(
     return Bench(
         layers=net.layers, batch_size=m, optimizer=repr(rule), cost=choose_cost(cost, net.output).name,
         precision=net.precision, backend=be.name, device=be.device, executor=executor,
-        threads=floors.blas().now() if be.index is None else None, versions=_versions(be), step=times["step"],
+        threads=blas.threads.now() if be.index is None else None, versions=_versions(be), step=times["step"],
         floor=floors.times_of(least, times) if least else None, flop=sum(p.flop for p in products),
         bytes=state + sum(p.elements for p in products) * net.dtype.itemsize, workspace_bytes=workspace,
         allocated_bytes=allocated, device_allocations=on_device, peak_rss=peak,

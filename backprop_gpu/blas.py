@@ -27,6 +27,7 @@ class Routines(NamedTuple):
 
     get_num_threads: Any
     set_num_threads: Any
+    get_corename: Any
     sgemm: Any
     dgemm: Any
     wide: bool
@@ -41,9 +42,18 @@ def routines() -> Routines | None:
         for prefix, suffix in (("scipy_", "64_"), ("", "64_"), ("", "")):
             with contextlib.suppress(OSError, AttributeError):
                 dll = ctypes.CDLL(str(file))
-                names = ("openblas_get_num_threads", "openblas_set_num_threads", "cblas_sgemm", "cblas_dgemm")
-                return Routines(*(getattr(dll, f"{prefix}{name}{suffix}") for name in names), wide=bool(suffix))
+                names = [f"openblas_{name}" for name in ("get_num_threads", "set_num_threads", "get_corename")]
+                names += ["cblas_sgemm", "cblas_dgemm"]
+                its = Routines(*[getattr(dll, f"{prefix}{name}{suffix}") for name in names], bool(suffix))
+                its.get_corename.restype = ctypes.c_char_p
+                return its
     return None
+
+
+def core() -> str | None:
+    """The kind of CPU that its kernels were made for, such as "Zen"; None where it does not tell."""
+    found = routines()
+    return found and found.get_corename().decode()
 
 
 class _Threads:
@@ -102,7 +112,7 @@ threads = _Threads()
 
 
 def matmul(a: Array, b: Array, out: Array) -> Array:
-    """out = a b, of two matrices, or of a vector and a matrix; in as many threads as its shape says within `threads.kept`."""
+    """out = a b, of two matrices, or of a vector and a matrix; within `threads.kept` its shape says in how many threads."""
     if threads.all:
         threads.set(1 if out.size * a.shape[-1] < SMALL else threads.all)
     return np.matmul(a, b, out=out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import math
 import os
 import warnings
@@ -704,6 +705,11 @@ def device_of(cp: Any) -> plans.Device:
     return plans.Device(name, arch, processors, shared, 2e3 * memory_clock * bits / 8, 2e3 * clock * lanes * processors)
 
 
+def _on_numpy(fast: bool) -> list[type[Replay]]:
+    """The rungs above eager, highest first."""
+    return [importlib.import_module(".compiled", __package__).Compiled, Replay] if fast else [Replay]
+
+
 TASKS = {"labels": 1, "binary": 2, "multilabel": 2}  # as in right.cuh
 
 
@@ -724,6 +730,7 @@ def choose(problem: Problem, rule: Optimizer, batch_size: int, seed: int, steps:
             if wanted == "graph":
                 raise ConfigError(f"no graph of steps: {e}", "unset BACKPROP_GPU_EXECUTOR") from None
     if wanted != "eager" and problem.net.backend.name == "numpy":
-        with contextlib.suppress(Unrecordable):
-            return Replay(problem, rule, batch_size, seed, steps)
+        for kind in _on_numpy(problem.net.backend.fast):
+            with contextlib.suppress(Unrecordable):
+                return kind(problem, rule, batch_size, seed, steps)
     return Eager(problem, rule, batch_size, seed, steps)

@@ -115,8 +115,8 @@ def _add(a: Any, b: Any) -> None:
 
 
 @_serial()
-def _gather(lo: int, hi: int, data: Any, rows: Any, out: Any) -> None:
-    scale = out.dtype.type(255)
+def _gather(lo: int, hi: int, data: Any, rows: Any, scale: float, out: Any) -> None:
+    scale = out.dtype.type(scale)
     for i in range(lo, hi):
         to, of = out[i], data[rows[i]]
         for j in range(to.size):
@@ -124,14 +124,14 @@ def _gather(lo: int, hi: int, data: Any, rows: Any, out: Any) -> None:
 
 
 @_threaded()
-def gather(parts: int, data: Any, rows: Any, out: Any) -> None:
-    """out = data[rows] / 255, of bytes."""
+def gather(parts: int, data: Any, rows: Any, scale: float, out: Any) -> None:
+    """out = data[rows] / scale."""
     m = len(out)
     if parts == 1:
-        _gather(0, m, data, rows, out)
+        _gather(0, m, data, rows, scale, out)
     else:
         for p in prange(parts):
-            _gather(m * p // parts, m * (p + 1) // parts, data, rows, out)
+            _gather(m * p // parts, m * (p + 1) // parts, data, rows, scale, out)
 
 
 @_serial()

@@ -47,36 +47,41 @@ def threads() -> int:
     return 1 if _alone else numba.get_num_threads()
 
 
-def _parts(work: int, worth: int) -> int:
+def parts(work: int, worth: int) -> int:
+    """In how many parts so much work is done, a part being worth a thread."""
     return max(1, min(threads(), work // worth))
 
 
 def gather(data: Array, rows: Array | slice, out: Array) -> None:
     """As `numpy_ops.gather`."""
     if data.dtype == np.uint8 and data.ndim == 2 and out.dtype != np.uint8 and not isinstance(rows, slice):
-        noted(kernels.gather, _parts(out.size, PASS), data, rows, out)
+        noted(kernels.gather, parts(out.size, PASS), data, rows, 255.0, out)
     else:
         numpy_ops.gather(data, rows, out)
 
 
-def _product_parts(m: int, n: int, k: int) -> tuple[int, bool]:
+def product_parts(m: int, n: int, k: int) -> tuple[int, bool]:
     """In how many parts a product of (m, k) and (k, n) is made, and whether these are rows, else columns."""
-    parts = _parts(m * n * k, PRODUCT)
-    return parts, m >= n
+    return parts(m * n * k, PRODUCT), m >= n
+
+
+def gradient_parts(n: int, k: int, m: int) -> tuple[int, bool]:
+    """The same of dW (n, k), of m samples: rows, so that the thread that makes one updates it, too."""
+    return parts(m * n * k, PRODUCT), n >= 16
 
 
 def affine(W: Array, A_below: Array, b: Array | None, Z: Array) -> None:
     """Z = W A_below + b."""
-    noted(kernels.affine, *_product_parts(*Z.shape, W.shape[1]), W, A_below, b, kernels.NONE, Z, None)
+    noted(kernels.affine, *product_parts(*Z.shape, W.shape[1]), W, A_below, b, kernels.NONE, Z, None)
 
 
 def affine_activate(W: Array, A_below: Array, b: Array | None, f: Activation, Z: Array, A: Array) -> None:
     """Z = W A_below + b, A = f(Z). Z and A may be one array; then only A is left in it."""
-    parts = _product_parts(*Z.shape, W.shape[1])
+    cut = product_parts(*Z.shape, W.shape[1])
     if f.name in kernels.VALUES:
-        noted(kernels.affine, *parts, W, A_below, b, kernels.VALUES[f.name], Z, None if A is Z else A)
+        noted(kernels.affine, *cut, W, A_below, b, kernels.VALUES[f.name], Z, None if A is Z else A)
     else:
-        noted(kernels.affine, *parts, W, A_below, b, kernels.NONE, Z, None)
+        noted(kernels.affine, *cut, W, A_below, b, kernels.NONE, Z, None)
         numpy_ops.activate(None, f, Z, A)
 
 
@@ -87,30 +92,29 @@ def output_delta(
     if cost != COSTS["cross_entropy"] or T.ndim != 1:
         numpy_ops.output_delta(cost, g, Z, T, w, Delta, C, db)
         return
-    parts = _parts(Z.size, EXPONENTIALS)
+    count = parts(Z.size, EXPONENTIALS)
     part, of_sample = (w, None) if isinstance(w, float) else (0.0, w)
-    sums = scratch("sums", (parts, Z.shape[1]), Z.dtype)
-    noted(kernels.cross_entropy, parts, Z, T, part, of_sample, Delta, C, sums, db)
+    sums = scratch("sums", (count, Z.shape[1]), Z.dtype)
+    noted(kernels.cross_entropy, count, Z, T, part, of_sample, Delta, C, sums, db)
 
 
 def hidden_delta(
     W: Array, Delta: Array, f: Activation, Z: Array, A: Array, mask: Array | None, out: Array, db: Array | None = None
 ) -> None:
     """As `numpy_ops.hidden_delta`."""
-    parts, by_rows = _product_parts(*out.shape, len(W))
-    sums = scratch("sums", (parts, out.shape[1]), out.dtype)
+    count, by_rows = product_parts(*out.shape, len(W))
+    sums = scratch("sums", (count, out.shape[1]), out.dtype)
     if f.name in kernels.DERIVATIVES:
         how = kernels.DERIVATIVES[f.name]
-        noted(kernels.hidden_delta, parts, by_rows, W, Delta, A, how, mask, out, sums, db)
+        noted(kernels.hidden_delta, count, by_rows, W, Delta, A, how, mask, out, sums, db)
     else:
-        noted(kernels.hidden_delta, parts, by_rows, W, Delta, A, kernels.NONE, mask, out, sums, None)
+        noted(kernels.hidden_delta, count, by_rows, W, Delta, A, kernels.NONE, mask, out, sums, None)
         numpy_ops.differentiate(f, Z, A, None, out, db)
 
 
 def weight_gradient(Delta: Array, A_below: Array, dW: Array) -> None:
     """dW = Delta A_below^T. The 1/m stands in Delta already."""
-    parts, _ = _product_parts(*dW.shape, len(Delta))
-    noted(kernels.weight_gradient, parts, len(dW) >= 16, Delta, A_below, dW)
+    noted(kernels.weight_gradient, *gradient_parts(*dW.shape, len(Delta)), Delta, A_below, dW)
 
 
 def measure(task: str, g: Activation, Z: Array, T: Array, C: Array, w: Array | None, out: Array) -> None:
@@ -126,37 +130,42 @@ def update(
     apply: Rule | None = None,
 ) -> bool:  # fmt: skip
     """As `numpy_ops.update`."""
-    parts = _parts(theta.size, PASS)
-    sums = scratch("squares", (parts,), np.float64)
-    kernels.squares(parts, gradient, sums)
+    count = parts(theta.size, PASS)
+    sums = scratch("squares", (count,), np.float64)
+    kernels.squares(count, gradient, sums)
     apply = apply or prepared(rule, theta, gradient, slots)
     return numpy_ops.guarded(rule, theta, float(sums[0]), slots, row, measured, diverged, apply)
 
 
 def prepared(rule: Optimizer, theta: Array, gradient: Array, slots: Slots, tape: Tape | None = None) -> Rule:
     """What applies `rule` with the coefficients that it is given. Needs no tape but for a rule of one's own."""
-    known = _numbers(rule)
-    if known is None:
+    if numbers(rule) is None:
         return numpy_ops.prepared(rule, theta, gradient, slots, tape)
-    kind, decay, numbers = known
-    count = len(rule.coefficients(rule.lr, 1))
-    h = np.array([decay, *[0.0] * count, *numbers], theta.dtype)
-    none = np.empty(0, theta.dtype)
-    if isinstance(rule, RMSProp):  # v, then what averages the gradient, then what averages the steps
-        rest = iter(slots[1:])
-        given = [slots[0], next(rest) if rule.centered else none, next(rest) if rule.momentum else none]
-    else:
-        given = [*slots, none, none, none][:3]
-    parts = _parts(theta.size, PASS)
+    kind, h, given = rule_vectors(rule, theta, slots)
+    end, cut = 1 + len(rule.coefficients(rule.lr, 1)), parts(theta.size, PASS)
 
     def apply(c: tuple[float, ...]) -> None:
-        h[1 : 1 + count] = c
-        kernels.update(parts, kind, theta, gradient, *given, h)
+        h[1:end] = c
+        kernels.update(cut, kind, theta, gradient, *given, h)
 
     return apply
 
 
-def _numbers(rule: Optimizer) -> tuple[int, float, tuple[float, ...]] | None:
+def rule_vectors(rule: Optimizer, theta: Array, slots: Slots) -> tuple[int, Array, list[Array]]:
+    """What `kernels.update` needs of a rule that has `numbers`: which it is, h, and three slots, empty where unused.
+
+    h holds the coupled decay, the coefficients of a step, still 0, and the rule's own numbers.
+    """
+    kind, decay, own = numbers(rule) or (0, 0.0, ())
+    h = np.array([decay, *[0.0] * len(rule.coefficients(rule.lr, 1)), *own], theta.dtype)
+    none = np.empty(0, theta.dtype)
+    if isinstance(rule, RMSProp):  # v, then what averages the gradient, then what averages the steps
+        rest = iter(slots[1:])
+        return kind, h, [slots[0], next(rest) if rule.centered else none, next(rest) if rule.momentum else none]
+    return kind, h, [*slots, none, none, none][:3]
+
+
+def numbers(rule: Optimizer) -> tuple[int, float, tuple[float, ...]] | None:
     """The kernel's number of a rule, its coupled decay, and the numbers that come after the step's coefficients."""
     decay, kind = rule.weight_decay, type(rule)
     if kind is SGD:

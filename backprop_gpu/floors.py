@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import itertools
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import blas
 from .activations import Array
 from .backend import Backend
 from .errors import ConfigError
@@ -124,7 +122,7 @@ class Floor:
         self.backend = be = net.backend
         wanted = products_of(net.layers, positive("batch_size", batch_size))
         operands = [three for _, three in wanted]
-        with be.active(), blas().kept():
+        with self._active():
             self._matrices = _Matrices(be, net.dtype, wanted)
             tried = [self._ways(three) for three in operands]
             ways = self._best(tried, operands)
@@ -139,12 +137,12 @@ class Floor:
 
     def run_products(self) -> None:
         """All products once."""
-        with self.backend.active(), blas().kept():
+        with self._active():
             self._make_products()
 
     def run_state(self) -> None:
         """The state once through memory."""
-        with self.backend.active():
+        with self._active():
             self._state.run()
 
     def run(self) -> None:
@@ -166,12 +164,19 @@ class Floor:
     def __exit__(self, *raised: object) -> None:
         self.close()
 
+    def _active(self) -> contextlib.AbstractContextManager[Any]:
+        """Where arrays are used; on NumPy after it BLAS has as many threads as before, and within it any number.
+
+        That of `Backend.active` may be 1 there, where steps have threads of their own.
+        """
+        return blas.threads.kept() if self.backend.index is None else self.backend.active()
+
     def _ways(self, operands: _Operands) -> dict[_Way, float]:
         """Seconds of every way to make a product."""
         often = 1 if self.backend.index is None else 16  # so that the launch does not count
         calls = {
             _Way(threads, layout): self._sequence([_Way(threads, layout)] * often, [operands] * often)
-            for threads in blas().choices(self.backend)
+            for threads in _choices(self.backend)
             for layout in LAYOUTS
         }
         return {way: seconds / often for way, seconds in _least(calls, self.wait).items()}
@@ -184,14 +189,14 @@ class Floor:
         plans = [[min(ways, key=ways.__getitem__) for ways in tried]]
         plans += [
             [min((way for way in ways if way.threads == threads), key=ways.__getitem__) for ways in tried]
-            for threads in blas().choices(self.backend)
+            for threads in _choices(self.backend)
         ]
         taken = _least({i: self._sequence(plan, operands) for i, plan in enumerate(plans)}, self.wait)
         return plans[min(taken, key=taken.__getitem__)]
 
     def _sequence(self, ways: Sequence[_Way], operands: Sequence[_Operands]) -> Callable[[], None]:
         """What makes these products in these ways, one after the other."""
-        set_threads, matmul = blas().set, self.backend.xp.matmul
+        set_threads, matmul = blas.threads.set, self.backend.xp.matmul
         calls = [(way.threads, *self._matrices.of(way.layout, of)) for way, of in zip(ways, operands, strict=True)]
 
         def make() -> None:
@@ -327,67 +332,14 @@ def _fastest_state(be: Backend, size: int, dtype: np.dtype[Any], slots: int) -> 
     return best
 
 
-class _Blas:
-    """How many threads the BLAS under NumPy takes, where it lets that be set (OpenBLAS)."""
-
-    def __init__(self) -> None:
-        self._get: Callable[[], int] | None = None
-        self._set: Callable[[int], None] | None = None
-        if found := _openblas():
-            self._get, self._set = found
-        self._now = self.now()
-
-    def now(self) -> int | None:
-        """How many there are; None where it does not tell."""
-        return self._get() if self._get else None
-
-    def choices(self, be: Backend) -> Sequence[int | None]:
-        """The numbers of threads to try."""
-        return [None] if be.index is not None or self._set is None else _thread_counts()
-
-    def set(self, threads: int | None) -> None:
-        """From now on; None: as it is."""
-        if threads is not None and threads != self._now and self._set:
-            self._set(threads)
-            self._now = threads
-
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """After it they are as they were before."""
-        before = self._now = self.now()
-        try:
-            yield
-        finally:
-            self.set(before)
-
-
-@functools.cache
-def blas() -> _Blas:
-    """That of this process."""
-    return _Blas()
-
-
-def _openblas() -> tuple[Callable[[], int], Callable[[int], None]] | None:
-    """What tells and what sets OpenBLAS's number of threads."""
-    package = Path(np.__file__).parent
-    for library in (*package.parent.glob("numpy.libs/*openblas*"), *package.glob(".dylibs/*openblas*")):
-        for prefix, suffix in (("scipy_", "64_"), ("", "64_"), ("", "")):
-            with contextlib.suppress(OSError, AttributeError):
-                loaded = ctypes.CDLL(str(library))
-                names = (f"{prefix}openblas_{verb}_num_threads{suffix}" for verb in ("get", "set"))
-                get, set_ = (getattr(loaded, name) for name in names)
-                return get, set_
-    return None
-
-
-def cores() -> int:
-    """How many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _choices(be: Backend) -> Sequence[int | None]:
+    """The numbers of BLAS's threads to try; None: as it is."""
+    return [None] if be.index is not None or blas.routines() is None else _thread_counts()
 
 
 def _thread_counts() -> list[int]:
     """1, 2, 4, ... and all cores."""
-    most = cores()
+    most = blas.cores()
     return sorted({1 << i for i in range(most.bit_length()) if 1 << i < most} | {most})
 
 

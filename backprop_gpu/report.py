@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.metadata
 import math
 import os
 import platform
 import sys
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import __version__
 from . import backend as backends
+from . import blas as openblas
 from .backend import Backend, Machine
 from .errors import ConfigError
 from .training import Run
@@ -135,23 +134,8 @@ def versions(cupy: Any = None) -> dict[str, str | None]:
 def blas() -> dict[str, Any]:
     """The BLAS library under NumPy: name and version; where it tells (OpenBLAS), its kernels and threads."""
     built = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    info: dict[str, Any] = {"name": built.get("name"), "version": built.get("version"), "core": None, "threads": None}
-    package = Path(np.__file__).parent
-    for library in (*package.parent.glob("numpy.libs/*openblas*"), *package.glob(".dylibs/*openblas*")):
-        try:
-            loaded = ctypes.CDLL(str(library))
-        except OSError:
-            continue
-        for prefix, suffix in (("scipy_", "64_"), ("", "64_"), ("", "")):
-            try:
-                core = getattr(loaded, f"{prefix}openblas_get_corename{suffix}")
-                threads = getattr(loaded, f"{prefix}openblas_get_num_threads{suffix}")
-            except AttributeError:
-                continue
-            core.restype = ctypes.c_char_p
-            info.update(core=core().decode(), threads=int(threads()))
-            return info
-    return info
+    of_numpy = {"name": built.get("name"), "version": built.get("version")}
+    return {**of_numpy, "core": openblas.core(), "threads": openblas.threads.now()}
 
 
 def doctor(backend: Backend) -> dict[str, Any]:
@@ -172,7 +156,7 @@ def doctor(backend: Backend) -> dict[str, Any]:
         "faults": faults(machine, found),
         "versions": found,
         "blas": blas(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": openblas.cores(),
         "platform": platform.platform(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
     }

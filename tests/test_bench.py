@@ -12,7 +12,7 @@ from test_cli import last_json, run
 from test_datasets import write_idx_directory
 
 import backprop_gpu as bp
-from backprop_gpu import bench, cli, floors, stepping
+from backprop_gpu import bench, blas, cli, floors, stepping
 from backprop_gpu.batches import epoch_plan
 from backprop_gpu.executors import Eager
 from backprop_gpu.network import PRECISIONS
@@ -214,7 +214,7 @@ def test_a_run_makes_every_product_once(monkeypatch, layers, rule):
     made = []
     net = network(layers=layers)
     net.backend = dataclasses.replace(net.backend, xp=Watched(np, made))
-    threads = floors.blas().now()
+    threads = blas.threads.now()
     with bench.Floor(net, M, rule) as floor:
         made.clear()
         floor.run()
@@ -223,7 +223,7 @@ def test_a_run_makes_every_product_once(monkeypatch, layers, rule):
         assert all(p.layout in floors.LAYOUTS and p.seconds > 0 for p in floor.products)
     wanted = [product for product, _ in floors.products_of(layers, M)]
     assert [(p.equation, p.shape) for p in floor.products] == [(p.equation, p.shape) for p in wanted]
-    assert floors.blas().now() == threads
+    assert blas.threads.now() == threads
 
 
 @pytest.mark.parametrize(("rule", "vectors"), [("sgd", 3), ("momentum", 5), ("adam", 7)])

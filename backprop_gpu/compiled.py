@@ -1,0 +1,142 @@
+"""Steps on NumPy that numba compiles as a whole: the operations of `fast_ops`, many steps a call of Python's."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numba
+import numpy as np
+
+from . import fast_kernels as kernels
+from . import fast_ops as ops
+from .activations import Array
+from .costs import COSTS
+from .executors import Problem, Replay
+from .network import Batch
+from .numpy_ops import HUGE_STEP
+from .optimizers import Optimizer
+from .recording import Unrecordable
+
+MOST = 16  # steps a call: Ctrl-C waits for them
+
+
+class Compiled(Replay):
+    """Steps of a softmax network on labels, with hidden functions that a loop makes, as one compiled function.
+
+    A step whose numbers are out of the ordinary is left to `Replay`, which tells whether the run diverges. Raises
+    Unrecordable where a step is another one.
+    """
+
+    rung = "compiled"
+
+    def __init__(self, problem: Problem, rule: Optimizer, batch_size: int, seed: int, steps: int) -> None:
+        super().__init__(problem, rule, batch_size, seed, steps)
+        net, samples = problem.net, problem.samples
+        numbers = ops.numbers(rule)
+        plain = (
+            samples.weights is None and samples.T.ndim == 1 and not problem.regularization and problem.frozen == 0
+            and problem.cost == COSTS["cross_entropy"] and all(net.biased) and samples.X.ndim == 2
+            and samples.X.dtype in (np.uint8, net.dtype) and samples.X.flags.c_contiguous
+            and all(f.name in kernels.VALUES for f in net.f[1:])
+        )  # fmt: skip
+        if not plain or numbers is None:
+            raise Unrecordable("the step has parts that are not compiled")
+        self._vectors = ops.rule_vectors(rule, self.theta, self.slots)
+
+    def run(self, i: int, most: int, watched: bool) -> int:
+        """As `Eager.run`, as many as MOST steps."""
+        m, count = self.ends[i + 1] - self.ends[i], 1
+        most = min(most, MOST)
+        while count < most and self.ends[i + count + 1] - self.ends[i + count] == m:
+            count += 1
+        if self.diverged[0] == 0 and (done := self._steps(i, count, m)):
+            return done
+        return super().run(i, most, watched)
+
+    def _steps(self, i: int, count: int, m: int) -> int:
+        """Steps i, i + 1, ... of m samples; how many, up to one that is out of the ordinary."""
+        first, last = self.ends[i], self.ends[i + count]
+        kind, fixed, given = self._vectors
+        h = np.empty((count, len(fixed)), self.theta.dtype)
+        lrs = np.empty(count)
+        h[:] = fixed
+        for k in range(count):
+            _, lrs[k], c = self.rows[i + k]
+            h[k, 1 : 1 + len(c)] = c
+        return int(
+            _steps(
+                *self._of_size(m), self.order[first:last].reshape(count, m), self.theta, self.g, kind, *given, h, lrs,
+                self.rule.weight_decay, self.measured[i : i + count],
+            )
+        )  # fmt: skip
+
+    @functools.cached_property
+    def _of_size(self) -> Any:
+        return functools.cache(self._arguments)
+
+    def _arguments(self, m: int) -> tuple[Any, ...]:
+        """What the steps of m samples work on."""
+        problem = self.problem
+        net, samples, batch = problem.net, problem.samples, self.batch.first(m)
+        T = self._of_batch[0][:m]
+        L, threads = net.L, ops.threads()
+        widths = net.layers
+        cuts = np.zeros((L + 1, 6), np.int64)
+        for l in range(1, L + 1):
+            cuts[l] = (
+                *ops.product_parts(m, widths[l], widths[l - 1]), *ops.gradient_parts(widths[l], widths[l - 1], m),
+                *ops.product_parts(m, widths[l - 1], widths[l]),
+            )  # fmt: skip
+        passes = np.array([
+            ops.parts(m * widths[0], ops.PASS), ops.parts(m * widths[L], ops.EXPONENTIALS),
+            ops.parts(self.theta.size, ops.PASS),
+        ])  # fmt: skip
+        sums = tuple(np.empty((threads, n), net.dtype) for n in widths)
+        part = 1 / m if problem.reduction == "mean" else 1.0
+        hidden = np.array([0, *(kernels.VALUES[f.name] for f in net.f[1:]), 0])
+        deltas = tuple(batch.Delta[1:])
+        return (
+            samples.X, 255.0 if samples.X.dtype == np.uint8 else 1.0, samples.T, T, part, hidden, net.W[1:], net.b[1:], tuple(batch.A), batch.Z[L], deltas, batch.C,
+            self.gradient.W[1:], self.gradient.b[1:], sums, np.empty(threads), cuts, passes,
+        )  # fmt: skip
+
+
+@numba.njit(cache=True, error_model="numpy", nogil=True)
+def _steps(
+    data: Any, scale: float, targets: Any, T: Any, part: float, hidden: Any, W: Any, b: Any, A: Any, Z: Any, Delta: Any, C: Any,
+    dW: Any, db: Any, sums: Any, squares: Any, cuts: Any, passes: Any, order: Any, theta: Any, g: Any, rule: int,
+    s0: Any, s1: Any, s2: Any, h: Any, lrs: Any, decay: float, measured: Any,
+) -> int:  # fmt: skip
+    """Forward, backward and update for each row of `order`; how many, up to one out of the ordinary.
+
+    Tuples W, b, Delta, dW, db begin with layer 1. `cuts`: for each layer the parts of W A, Delta A^T, W^T Delta.
+    """
+    L = len(W)
+    for k in range(len(order)):
+        rows = order[k]
+        kernels.gather(passes[0], data, rows, scale, A[0])
+        for i in range(T.size):
+            T[i] = targets[rows[i]]
+        for l in range(1, L):
+            kernels.affine(cuts[l, 0], cuts[l, 1] > 0, W[l - 1], A[l - 1], b[l - 1], hidden[l], A[l], None)
+        kernels.affine(cuts[L, 0], cuts[L, 1] > 0, W[L - 1], A[L - 1], b[L - 1], 0, Z, None)
+        kernels.cross_entropy(passes[1], Z, T, part, None, Delta[L - 1], C, sums[L], db[L - 1])
+        for l in range(L, 0, -1):
+            kernels.weight_gradient(cuts[l, 2], cuts[l, 3] > 0, Delta[l - 1], A[l - 1], dW[l - 1])
+            if l > 1:
+                kernels.hidden_delta(
+                    cuts[l, 4], cuts[l, 5] > 0, W[l - 1], Delta[l - 1], A[l - 1], hidden[l - 1], None, Delta[l - 2],
+                    sums[l - 1], db[l - 2],
+                )  # fmt: skip
+        kernels.count_labels(Z, T, C, None, measured[k])
+        kernels.squares(passes[2], g, squares)
+        reach = 1 + np.sqrt(squares[0])
+        if decay > 0:
+            kernels.squares(passes[2], theta, squares)
+            reach += decay * np.sqrt(squares[0])
+        ordinary = np.isfinite(measured[k, 0]) and max(lrs[k], 1.0) * reach <= HUGE_STEP and lrs[k] * decay < 1
+        if not ordinary:  # NaN is not, either
+            return k
+        kernels.update(passes[2], rule, theta, g, s0, s1, s2, h[k])
+    return len(order)
