@@ -160,9 +160,11 @@ def no_fast(wanted: str) -> str:
     try:
         importlib.import_module(".fast_ops", __package__)
     except Exception as e:  # numba tells in several ways that it does not go with this NumPy, Python or machine
-        trouble = "numba is not installed" if getattr(e, "name", None) == "numba" else f"numba: {_line(e)}"
+        missing = getattr(e, "name", None) == "numba"
+        trouble = "numba is not installed" if missing else f"numba: {_line(e)}"
         if wanted == "1":
-            raise ConfigError(f"BACKPROP_GPU_FAST is 1, but {trouble}", "pip install numba, or unset it") from None
+            cure = f"pip install {'numba' if missing else '-U numba numpy'}, or unset it"
+            raise ConfigError(f"BACKPROP_GPU_FAST is 1, but {trouble}", cure) from None
         return trouble
     return ""
 

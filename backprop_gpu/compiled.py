@@ -10,13 +10,11 @@ import numpy as np
 
 from . import fast_kernels as kernels
 from . import fast_ops as ops
-from .activations import Array
 from .costs import COSTS
 from .executors import Problem, Replay
-from .network import Batch
 from .numpy_ops import HUGE_STEP
 from .optimizers import Optimizer
-from .recording import Unrecordable
+from .recording import UnrecordableError
 
 MOST = 16  # steps a call: Ctrl-C waits for them
 
@@ -25,7 +23,7 @@ class Compiled(Replay):
     """Steps of a softmax network on labels, with hidden functions that a loop makes, as one compiled function.
 
     A step whose numbers are out of the ordinary is left to `Replay`, which tells whether the run diverges. Raises
-    Unrecordable where a step is another one.
+    UnrecordableError where a step is another one.
     """
 
     rung = "compiled"
@@ -41,7 +39,7 @@ class Compiled(Replay):
             and all(f.name in kernels.VALUES for f in net.f[1:])
         )  # fmt: skip
         if not plain or numbers is None:
-            raise Unrecordable("the step has parts that are not compiled")
+            raise UnrecordableError("the step has parts that are not compiled")
         self._vectors = ops.rule_vectors(rule, self.theta, self.slots)
 
     def run(self, i: int, most: int, watched: bool) -> int:
@@ -85,8 +83,8 @@ class Compiled(Replay):
         cuts = np.zeros((L + 1, 6), np.int64)
         for l in range(1, L + 1):
             cuts[l] = (
-                *ops.product_parts(m, widths[l], widths[l - 1]), *ops.gradient_parts(widths[l], widths[l - 1], m),
-                *ops.product_parts(m, widths[l - 1], widths[l]),
+                *ops.affine_parts(m, widths[l], widths[l - 1]), *ops.gradient_parts(m, widths[l], widths[l - 1]),
+                *ops.delta_parts(m, widths[l - 1], widths[l]),
             )  # fmt: skip
         passes = np.array([
             ops.parts(m * widths[0], ops.PASS), ops.parts(m * widths[L], ops.EXPONENTIALS),
@@ -97,16 +95,17 @@ class Compiled(Replay):
         hidden = np.array([0, *(kernels.VALUES[f.name] for f in net.f[1:]), 0])
         deltas = tuple(batch.Delta[1:])
         return (
-            samples.X, 255.0 if samples.X.dtype == np.uint8 else 1.0, samples.T, T, part, hidden, net.W[1:], net.b[1:], tuple(batch.A), batch.Z[L], deltas, batch.C,
-            self.gradient.W[1:], self.gradient.b[1:], sums, np.empty(threads), cuts, passes,
+            samples.X, 255.0 if samples.X.dtype == np.uint8 else 1.0, samples.T, T, part, hidden, net.W[1:], net.b[1:],
+            tuple(batch.A), batch.Z[L], deltas, batch.C, self.gradient.W[1:], self.gradient.b[1:], sums,
+            np.empty(threads), cuts, passes,
         )  # fmt: skip
 
 
 @numba.njit(cache=True, error_model="numpy", nogil=True)
 def _steps(
-    data: Any, scale: float, targets: Any, T: Any, part: float, hidden: Any, W: Any, b: Any, A: Any, Z: Any, Delta: Any, C: Any,
-    dW: Any, db: Any, sums: Any, squares: Any, cuts: Any, passes: Any, order: Any, theta: Any, g: Any, rule: int,
-    s0: Any, s1: Any, s2: Any, h: Any, lrs: Any, decay: float, measured: Any,
+    data: Any, scale: float, targets: Any, T: Any, part: float, hidden: Any, W: Any, b: Any, A: Any, Z: Any,
+    Delta: Any, C: Any, dW: Any, db: Any, sums: Any, squares: Any, cuts: Any, passes: Any, order: Any, theta: Any,
+    g: Any, rule: int, s0: Any, s1: Any, s2: Any, h: Any, lrs: Any, decay: float, measured: Any,
 ) -> int:  # fmt: skip
     """Forward, backward and update for each row of `order`; how many, up to one out of the ordinary.
 

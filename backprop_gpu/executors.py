@@ -1,7 +1,9 @@
-"""How training steps are run: eagerly, one operation after the other, or as CUDA graphs of a plan's kernels.
+"""How training steps are run: eagerly, one operation after the other, or as something made of a whole step once.
 
-The ladder: a graph of fused kernels, then the operations of the page (on CuPy, kernels and cuBLAS's products), both
-over the same buffers of theta and the optimizer's slots. `choose` takes the highest rung that does what is asked.
+The ladder on a GPU: a CUDA graph of a plan's fused kernels; the operations of the page, kernels and cuBLAS's products.
+On NumPy: a function that numba compiles (see `compiled`); the calls of the operations, recorded and replayed; the
+operations themselves. All are over the same buffers of theta and the optimizer's slots. `choose` takes the highest rung
+that does what is asked.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from .errors import BackendError, ConfigError
 from .inputs import Samples
 from .network import GPU_ONLY, Batch, Network, Views, backward, forward
 from .optimizers import Optimizer
-from .recording import Tape, Unrecordable
+from .recording import Tape, UnrecordableError
 from .regularization import Regularization
 from .streaming import Feed, greatest
 
@@ -221,8 +223,9 @@ class Eager:
 class Replay(Eager):
     """Steps on NumPy, whose calls are written on a tape the first time and made again without the engine's Python.
 
-    The bits are those of `Eager`. What a tape cannot hold (see `recording`) runs as there. Raises Unrecordable for
-    what differs from step to step in more than the memory it reads: masks of dropout, and functions of one's own.
+    The bits are those of `Eager`. Raises UnrecordableError for what differs from step to step in more than the memory
+    it reads: masks of dropout, data that is streamed, and functions and rules of one's own. Should a tape not hold a
+    step nevertheless (see `recording`), steps are eager from there on.
     """
 
     rung = "replay"
@@ -230,9 +233,10 @@ class Replay(Eager):
     def __init__(self, problem: Problem, rule: Optimizer, batch_size: int, seed: int, steps: int) -> None:
         net = problem.net
         if any(net.rates) or problem.room is not None:
-            raise Unrecordable("each step has masks, or data, of its own")
-        if not ({f.name for f in (*net.f[1:], net.g)} <= OUTPUT.keys() and problem.cost.name.split(":")[0] in MAKERS):
-            raise Unrecordable("a function of one's own may do anything")
+            raise UnrecordableError("each step has masks, or data, of its own")
+        known = all(OUTPUT.get(f.name) == f for f in (*net.f[1:], net.g)) and problem.cost.name.split(":")[0] in MAKERS
+        if not known or type(rule).__module__ != Optimizer.__module__:
+            raise UnrecordableError("a function of one's own may do anything")
         super().__init__(problem, rule, batch_size, seed, steps)
         self._tapes: dict[int, Tape] = {}  # by the size of the batch
         self._rows, self._measured = np.zeros(batch_size, np.int64), np.zeros(2)
@@ -240,14 +244,21 @@ class Replay(Eager):
         self._apply = ops.prepared(rule, self.theta, self.g, self.slots, Tape())
 
     def _backpropagate(self, i: int, start: int, stop: int, measured: Array) -> None:
+        if self.rung == Eager.rung:
+            return super()._backpropagate(i, start, stop, measured)
         m = stop - start
         self._rows[:m] = self.order[start:stop]
         with np.errstate(all="ignore"):
             if m in self._tapes:
                 self._tapes[m].replay()
             else:
-                self._tapes[m] = self._recorded(m)
+                try:
+                    self._tapes[m] = self._recorded(m)
+                except UnrecordableError:  # nothing is lost: all that was written is written again
+                    self.rung = Eager.rung
+                    return super()._backpropagate(i, start, stop, measured)
         measured[...] = self._measured
+        return None
 
     def _recorded(self, m: int) -> Tape:
         """The gradient of m samples, calculated and recorded."""
@@ -705,12 +716,10 @@ def device_of(cp: Any) -> plans.Device:
     return plans.Device(name, arch, processors, shared, 2e3 * memory_clock * bits / 8, 2e3 * clock * lanes * processors)
 
 
-def _on_numpy(fast: bool) -> list[type[Replay]]:
-    """The rungs above eager, highest first."""
-    return [importlib.import_module(".compiled", __package__).Compiled, Replay] if fast else [Replay]
-
-
 TASKS = {"labels": 1, "binary": 2, "multilabel": 2}  # as in right.cuh
+
+
+RUNGS = ("graph", "compiled", "replay", "eager")
 
 
 def choose(problem: Problem, rule: Optimizer, batch_size: int, seed: int, steps: int) -> Eager:
@@ -718,19 +727,20 @@ def choose(problem: Problem, rule: Optimizer, batch_size: int, seed: int, steps:
 
     Raises ConfigError for another name, and where the named one cannot.
     """
-    wanted = os.environ.get("BACKPROP_GPU_EXECUTOR", "") or "auto"
-    if wanted not in ("auto", "graph", "eager"):
-        raise ConfigError(f"BACKPROP_GPU_EXECUTOR is {wanted!r}", "set it to graph, eager or auto")
-    if wanted == "graph" and problem.net.backend.name == "numpy":
-        raise ConfigError("BACKPROP_GPU_EXECUTOR is graph, and this runs on NumPy", "set it to eager or auto")
-    if wanted != "eager" and problem.net.backend.name != "numpy":
-        try:
-            return Graph(problem, rule, batch_size, seed, steps)
-        except plans.Unplanned as e:
-            if wanted == "graph":
-                raise ConfigError(f"no graph of steps: {e}", "unset BACKPROP_GPU_EXECUTOR") from None
-    if wanted != "eager" and problem.net.backend.name == "numpy":
-        for kind in _on_numpy(problem.net.backend.fast):
-            with contextlib.suppress(Unrecordable):
+    be, wanted = problem.net.backend, os.environ.get("BACKPROP_GPU_EXECUTOR", "") or "auto"
+    if wanted not in ("auto", *RUNGS):
+        raise ConfigError(f"BACKPROP_GPU_EXECUTOR is {wanted!r}", f"set it to {', '.join(RUNGS)} or auto")
+    kinds: dict[str, type[Eager]] = {"graph": Graph} if be.name == "cupy" else {"replay": Replay}
+    if be.fast:
+        kinds = {"compiled": importlib.import_module(".compiled", __package__).Compiled, **kinds}
+    if wanted not in ("auto", "eager", *kinds):
+        where = {"cupy": "a GPU", "numpy": "NumPy with numba" if be.fast else "NumPy"}[be.name]
+        raise ConfigError(f"BACKPROP_GPU_EXECUTOR is {wanted}, and this runs on {where}", "set it to eager or auto")
+    for name, kind in kinds.items():
+        if wanted in ("auto", name):
+            try:
                 return kind(problem, rule, batch_size, seed, steps)
+            except (plans.Unplanned, UnrecordableError) as e:
+                if wanted == name:
+                    raise ConfigError(f"no {wanted} of steps: {e}", "unset BACKPROP_GPU_EXECUTOR") from None
     return Eager(problem, rule, batch_size, seed, steps)

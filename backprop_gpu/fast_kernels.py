@@ -21,7 +21,7 @@ from . import blas
 from .activations import LEAKY_SLOPE
 
 _serial = functools.partial(numba.njit, cache=True, error_model="numpy", nogil=True)
-_threaded = functools.partial(_serial, parallel=True)
+_threaded = functools.partial(_serial, parallel=True)  # assign to no slice there: that starts threads, too
 
 # ---------------------------------------------------------------------------------------------------------- products
 
@@ -102,6 +102,13 @@ def _differentiate(d: Any, a: Any, f: int) -> None:
     elif f == FROM_ELU:
         for j in range(d.size):
             d[j] *= one if a[j] > zero else a[j] + one
+
+
+@_serial()
+def _copy(a: Any, b: Any) -> None:
+    """a = b, two vectors."""
+    for j in range(a.size):
+        a[j] = b[j]
 
 
 @_serial()
@@ -197,7 +204,7 @@ def hidden_delta(
             else:
                 _hidden_delta(0, m, n * p // parts, n * (p + 1) // parts, W, Delta, A, f, mask, out, sums[0])
     if db is not None:
-        db[:] = sums[0]
+        _copy(db, sums[0])
         if by_rows:
             for p in range(1, parts):
                 _add(db, sums[p])
@@ -253,7 +260,7 @@ def cross_entropy(parts: int, Z: Any, T: Any, part: float, w: Any, Delta: Any, C
         for p in prange(parts):
             _cross_entropy(m * p // parts, m * (p + 1) // parts, Z, T, part, w, Delta, C, sums[p])
     if db is not None:
-        db[:] = sums[0]
+        _copy(db, sums[0])
         for p in range(1, parts):
             _add(db, sums[p])
 
@@ -360,6 +367,7 @@ def _update(lo: int, hi: int, rule: int, theta: Any, g: Any, s0: Any, s1: Any, s
             theta[i] -= lr * d
     elif rule == ADAM:
         kept, rate, eps, rest1, beta2, rest2 = h[1], h[2], h[3], h[4], h[5], h[6]
+        kept = kept if decay == zero else one  # one of the two decays
         for i in range(theta.size):
             d = g[i] + decay * theta[i]
             m = s0[i] + rest1 * (d - s0[i])
@@ -368,6 +376,7 @@ def _update(lo: int, hi: int, rule: int, theta: Any, g: Any, s0: Any, s1: Any, s
             theta[i] = kept * theta[i] - rate * (m / (np.sqrt(v) + eps))
     elif rule == AMSGRAD:
         kept, rate, eps, rest1, beta2, rest2 = h[1], h[2], h[3], h[4], h[5], h[6]
+        kept = kept if decay == zero else one  # one of the two decays
         for i in range(theta.size):
             d = g[i] + decay * theta[i]
             m = s0[i] + rest1 * (d - s0[i])

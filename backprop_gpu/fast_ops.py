@@ -11,6 +11,7 @@ Importing this raises ImportError where numba or OpenBLAS is missing.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -22,7 +23,18 @@ from . import numpy_ops
 from .activations import Activation, Array
 from .costs import COSTS, Cost
 from .numpy_ops import (  # noqa: F401 - the rest of the instruction set
-    Rule, counting, dot_targets, drop, output, recording, regularize, scratch, share, step_rows, subtract_targets, xp,
+    Rule,
+    counting,
+    dot_targets,
+    drop,
+    output,
+    recording,
+    regularize,
+    scratch,
+    share,
+    step_rows,
+    subtract_targets,
+    xp,
 )  # fmt: skip
 from .optimizers import SGD, AdaDelta, AdaGrad, Adam, AdamW, Lion, NAdam, Optimizer, RMSProp, Slots
 from .recording import Tape, noted
@@ -39,12 +51,23 @@ def _in_a_child() -> None:
     _alone = True  # OpenMP's threads are not there after a fork
 
 
-os.register_at_fork(after_in_child=_in_a_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_a_child)
+
+
+@functools.cache
+def _shared() -> bool:
+    """Whether two Python threads may run kernels in threads at once.
+
+    numba's own threads, which it takes where it finds neither OpenMP nor TBB, end the process then.
+    """
+    numba.get_num_threads()  # the layer is known from here on
+    return numba.threading_layer() != "workqueue"
 
 
 def threads() -> int:
     """How many threads a kernel may use."""
-    return 1 if _alone else numba.get_num_threads()
+    return 1 if _alone or not _shared() else numba.get_num_threads()
 
 
 def parts(work: int, worth: int) -> int:
@@ -60,24 +83,35 @@ def gather(data: Array, rows: Array | slice, out: Array) -> None:
         numpy_ops.gather(data, rows, out)
 
 
-def product_parts(m: int, n: int, k: int) -> tuple[int, bool]:
-    """In how many parts a product of (m, k) and (k, n) is made, and whether these are rows, else columns."""
+# In how many parts a product is made, and whether these are rows of its result, else columns: as measured (Zen 3, two
+# threads) for m of 32 to 1024 and widths of 10 to 2048.
+
+
+def affine_parts(m: int, n: int, k: int) -> tuple[int, bool]:
+    """Of Z (m, n) = A W^T, W (n, k)."""
     return parts(m * n * k, PRODUCT), m >= n
 
 
-def gradient_parts(n: int, k: int, m: int) -> tuple[int, bool]:
-    """The same of dW (n, k), of m samples: rows, so that the thread that makes one updates it, too."""
-    return parts(m * n * k, PRODUCT), n >= 16
+def delta_parts(m: int, n: int, k: int) -> tuple[int, bool]:
+    """Of Delta W, W (k, n): rows, for the elementwise part likes whole ones."""
+    count = parts(m * n * k, PRODUCT)
+    return count, m >= 4 * count
+
+
+def gradient_parts(m: int, n: int, k: int) -> tuple[int, bool]:
+    """Of dW (n, k) of m samples: rows, so that the thread that makes one updates it, too, but for few and long sums."""
+    return parts(m * n * k, PRODUCT), n >= 256 or m < n
 
 
 def affine(W: Array, A_below: Array, b: Array | None, Z: Array) -> None:
     """Z = W A_below + b."""
-    noted(kernels.affine, *product_parts(*Z.shape, W.shape[1]), W, A_below, b, kernels.NONE, Z, None)
+    count, by_rows = affine_parts(len(Z), *W.shape)
+    noted(kernels.affine, count, by_rows, W, A_below, b, kernels.NONE, Z, None)
 
 
 def affine_activate(W: Array, A_below: Array, b: Array | None, f: Activation, Z: Array, A: Array) -> None:
     """Z = W A_below + b, A = f(Z). Z and A may be one array; then only A is left in it."""
-    cut = product_parts(*Z.shape, W.shape[1])
+    cut = affine_parts(len(Z), *W.shape)
     if f.name in kernels.VALUES:
         noted(kernels.affine, *cut, W, A_below, b, kernels.VALUES[f.name], Z, None if A is Z else A)
     else:
@@ -102,7 +136,7 @@ def hidden_delta(
     W: Array, Delta: Array, f: Activation, Z: Array, A: Array, mask: Array | None, out: Array, db: Array | None = None
 ) -> None:
     """As `numpy_ops.hidden_delta`."""
-    count, by_rows = product_parts(*out.shape, len(W))
+    count, by_rows = delta_parts(len(out), W.shape[1], len(W))
     sums = scratch("sums", (count, out.shape[1]), out.dtype)
     if f.name in kernels.DERIVATIVES:
         how = kernels.DERIVATIVES[f.name]
@@ -114,7 +148,8 @@ def hidden_delta(
 
 def weight_gradient(Delta: Array, A_below: Array, dW: Array) -> None:
     """dW = Delta A_below^T. The 1/m stands in Delta already."""
-    noted(kernels.weight_gradient, *gradient_parts(*dW.shape, len(Delta)), Delta, A_below, dW)
+    count, by_rows = gradient_parts(len(Delta), *dW.shape)
+    noted(kernels.weight_gradient, count, by_rows, Delta, A_below, dW)
 
 
 def measure(task: str, g: Activation, Z: Array, T: Array, C: Array, w: Array | None, out: Array) -> None:

@@ -8,6 +8,7 @@ nothing is allocated; elementwise work goes block by block, so that a block is s
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 import threading
@@ -17,12 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy as xp  # the array module, under the name that code for both backends uses
 
-from . import costs, dropout
+from . import blas, costs, dropout
 from .activations import Activation, Array
 from .blas import matmul
 from .costs import Cost
 from .optimizers import Optimizer, Slots
-from .recording import Tape
+from .recording import Tape, noted
 from .regularization import Regularization
 
 __all__ = [
@@ -281,18 +282,38 @@ def prepared(rule: Optimizer, theta: Array, gradient: Array, slots: Slots, tape:
             return
         with recording(tape):
             watched, g, *rest = map(tape.watched, (theta, gradient, *slots))
-            _apply(rule, watched, g, tuple(rest), [scalars[j : j + 1].reshape(()) for j in range(len(c))])
+            numbers: Any = tuple(scalars[j : j + 1].reshape(()) for j in range(len(c)))
+            _apply(rule, watched, g, tuple(rest), numbers)
 
     return apply
 
 
-def _apply(rule: Optimizer, theta: Array, gradient: Array, slots: Slots, c: Sequence[Any]) -> None:
+def _apply(rule: Optimizer, theta: Array, gradient: Array, slots: Slots, c: tuple[float, ...]) -> None:
     """`rule`, block by block."""
     for i in range(0, theta.size, BLOCK):
         part = slice(i, min(i + BLOCK, theta.size))
         size = (part.stop - i,)
         s = scratch("block 0", size, theta.dtype), scratch("block 1", size, theta.dtype)
-        rule.apply(np, theta[part], gradient[part], tuple(v[part] for v in slots), c, s)
+        rule.apply(_passes(), theta[part], gradient[part], tuple(v[part] for v in slots), c, s)
+
+
+class _WithBlas:
+    """NumPy, and sums of vectors by BLAS."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    def axpby(self, a: float, x: Array, b: float, y: Array) -> None:
+        noted(blas.axpby, a, x, b, y)
+
+    def descend(self, y: Array, a: Any, x: Array) -> None:
+        noted(blas.descend, y, a, x)
+
+
+@functools.cache
+def _passes() -> Any:
+    """What a rule makes its passes with."""
+    return _WithBlas() if blas.routines() else np
 
 
 def dot_targets(T: Array, M: Array, out: Array) -> None:

@@ -3,7 +3,7 @@
 The formulas, argument names and defaults are PyTorch's. A rule is a frozen set of hyper-parameters; the slots (one flat
 vector each, as long as theta, zero at the start) belong to the training run. `apply` works in place on any stretch of
 the flat vectors, for the rules are elementwise; `s` holds two scratch arrays, `c` what `coefficients` gave for this
-step.
+step. `xp` is an array module, and may have `axpby(a, x, b, y)`, y <- a x + b y, and `descend(y, a, x)`, y <- y - a x.
 """
 
 from __future__ import annotations
@@ -136,14 +136,12 @@ class SGD(Optimizer):
         step = g
         if self.momentum:
             (v,) = slots
-            xp.multiply(v, self.momentum, out=v)
-            xp.add(v, g, out=v)
+            _blend(xp, v, self.momentum, g, 1.0, s[0])
             step = v
             if self.nesterov:
                 xp.multiply(v, self.momentum, out=s[0])
                 step = xp.add(g, s[0], out=s[0])
-        xp.multiply(step, lr, out=s[0])
-        xp.subtract(theta, s[0], out=theta)
+        _descend(xp, theta, lr, step, s[0])
 
 
 @dataclass(frozen=True)
@@ -192,20 +190,14 @@ class Adam(Optimizer):
         elif self.weight_decay:
             g = _plus_decay(xp, g, self.weight_decay, theta, s[1])
         k = s[0]
-        xp.subtract(g, m, out=k)
-        xp.multiply(k, 1 - beta1, out=k)
-        xp.add(m, k, out=m)
-        xp.multiply(g, g, out=k)
-        xp.multiply(k, 1 - beta2, out=k)
-        xp.multiply(v, beta2, out=v)
-        xp.add(v, k, out=v)
+        _blend(xp, m, beta1, g, 1 - beta1, k)
+        _average_square(xp, v, g, beta2, k)
         if self.amsgrad:
             v = xp.maximum(slots[2], v, out=slots[2])
         xp.sqrt(v, out=k)
         xp.add(k, eps, out=k)
         xp.divide(m, k, out=k)
-        xp.multiply(k, rate, out=k)
-        xp.subtract(theta, k, out=theta)
+        _descend(xp, theta, rate, k, k)
 
 
 @dataclass(frozen=True)
@@ -258,8 +250,7 @@ class AdaGrad(Optimizer):
         xp.sqrt(G, out=k)
         xp.add(k, self.eps, out=k)
         xp.divide(g, k, out=k)
-        xp.multiply(k, rate, out=k)
-        xp.subtract(theta, k, out=theta)
+        _descend(xp, theta, rate, k, k)
 
 
 @dataclass(frozen=True)
@@ -305,9 +296,7 @@ class RMSProp(Optimizer):
         _average_square(xp, v, g, self.alpha, k)
         if self.centered:
             a = slots[1]
-            xp.multiply(g, 1 - self.alpha, out=k)
-            xp.multiply(a, self.alpha, out=a)
-            xp.add(a, k, out=a)
+            _blend(xp, a, self.alpha, g, 1 - self.alpha, k)
             xp.multiply(a, a, out=k)
             xp.subtract(v, k, out=k)
             v = xp.maximum(k, 0, out=k)
@@ -316,10 +305,9 @@ class RMSProp(Optimizer):
         step = xp.divide(g, k, out=k)
         if self.momentum:
             b = slots[-1]
-            xp.multiply(b, self.momentum, out=b)
-            step = xp.add(b, k, out=b)
-        xp.multiply(step, lr, out=k)
-        xp.subtract(theta, k, out=theta)
+            _blend(xp, b, self.momentum, k, 1.0, k)
+            step = b
+        _descend(xp, theta, lr, step, k)
 
 
 @dataclass(frozen=True)
@@ -364,8 +352,7 @@ class AdaDelta(Optimizer):
         xp.sqrt(k, out=k)
         xp.multiply(d, k, out=d)
         _average_square(xp, D, d, self.rho, k)
-        xp.multiply(d, lr, out=d)
-        xp.subtract(theta, d, out=theta)
+        _descend(xp, theta, lr, d, d)
 
 
 @dataclass(frozen=True)
@@ -427,9 +414,7 @@ class NAdam(Optimizer):
         beta1, beta2 = self.betas
         if self.weight_decay:
             g = _plus_decay(xp, g, self.weight_decay, theta, n)
-        xp.subtract(g, m, out=k)
-        xp.multiply(k, 1 - beta1, out=k)
-        xp.add(m, k, out=m)
+        _blend(xp, m, beta1, g, 1 - beta1, k)
         _average_square(xp, v, g, beta2, k)
         xp.multiply(g, of_g, out=n)  # g may be n
         xp.multiply(m, of_m, out=k)
@@ -437,8 +422,7 @@ class NAdam(Optimizer):
         xp.sqrt(v, out=k)
         xp.add(k, eps, out=k)
         xp.divide(n, k, out=n)
-        xp.multiply(n, rate, out=n)
-        xp.subtract(theta, n, out=theta)
+        _descend(xp, theta, rate, n, n)
 
 
 @dataclass(frozen=True)
@@ -479,9 +463,7 @@ class Lion(Optimizer):
         if self.weight_decay:
             xp.multiply(theta, decay, out=theta)
         xp.subtract(theta, k, out=theta)
-        xp.multiply(g, 1 - beta2, out=n)
-        xp.multiply(m, beta2, out=m)
-        xp.add(m, n, out=m)
+        _blend(xp, m, beta2, g, 1 - beta2, n)
 
 
 def _plus_decay(xp: Any, g: Array, weight_decay: float, theta: Array, out: Array) -> Array:
@@ -492,9 +474,25 @@ def _plus_decay(xp: Any, g: Array, weight_decay: float, theta: Array, out: Array
 def _average_square(xp: Any, v: Array, g: Array, beta: float, s: Array) -> None:
     """v <- beta v + (1 - beta) g^2."""
     xp.multiply(g, g, out=s)
-    xp.multiply(s, 1 - beta, out=s)
-    xp.multiply(v, beta, out=v)
-    xp.add(v, s, out=v)
+    _blend(xp, v, beta, s, 1 - beta, s)
+
+
+def _blend(xp: Any, y: Array, b: float, x: Array, a: float, s: Array) -> None:
+    """y <- b y + a x, in one pass where xp has `axpby`; s is scratch, x perhaps."""
+    if hasattr(xp, "axpby"):
+        xp.axpby(a, x, b, y)
+        return
+    xp.multiply(y, b, out=y)
+    xp.add(y, x if a == 1 else xp.multiply(x, a, out=s), out=y)
+
+
+def _descend(xp: Any, theta: Array, rate: float, step: Array, s: Array) -> None:
+    """theta <- theta - rate step; s is scratch, step perhaps. `rate` may be an array of one number."""
+    if hasattr(xp, "axpby"):
+        xp.descend(theta, rate, step)
+        return
+    xp.multiply(step, rate, out=s)
+    xp.subtract(theta, s, out=theta)
 
 
 # By name: the learning rate where none is given, which suits MNIST-sized networks; the maker of the rule, whose

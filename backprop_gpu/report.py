@@ -115,7 +115,7 @@ def _percent(what: str, share: float | None) -> str:
 def versions(cupy: Any = None) -> dict[str, str | None]:
     """Versions of what a run depends on, CUDA's as `cupy` tells them; None for what is not found."""
     found: dict[str, str | None] = {"backprop_gpu": __version__, "python": platform.python_version()}
-    for name in ("numpy", "click", "rich", "safetensors"):
+    for name in ("numpy", "numba", "click", "rich", "safetensors"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -152,6 +152,7 @@ def doctor(backend: Backend) -> dict[str, Any]:
         "cure": backend.cure or None,
         "device": backend.device,
         "rung": rung(backend),
+        "numba": numba(backend),
         "gpu": gpu(machine),
         "faults": faults(machine, found),
         "versions": found,
@@ -170,6 +171,18 @@ def rung(backend: Backend) -> dict[str, str]:
     if wanted == "eager":
         return {"name": "eager kernels", "reason": f"{backend.reason}; BACKPROP_GPU_EXECUTOR is eager"}
     return {"name": "graph", "reason": f"{backend.reason}; steps are recorded as CUDA graphs"}
+
+
+def numba(backend: Backend) -> dict[str, Any]:
+    """Whether numba compiles the operations, and why not."""
+    if backend.fast:
+        return {"used": True, "reason": None}
+    if backend.name != "numpy":
+        return {"used": False, "reason": "they run on a GPU"}
+    try:
+        return {"used": False, "reason": backends.no_fast(os.environ.get("BACKPROP_GPU_FAST") or "auto")}
+    except ConfigError as e:
+        return {"used": False, "reason": e.cause}
 
 
 def gpu(machine: Machine) -> dict[str, Any] | None:
@@ -213,11 +226,12 @@ _VARIABLES = ("BACKPROP_GPU_", "CUDA_VISIBLE_DEVICES", "CUPY_", "OMP_NUM_THREADS
 
 def doctor_text(found: dict[str, Any]) -> str:
     """`doctor` for people."""
-    b, of = found["blas"], dict(found["versions"])
+    b, of, compiled = found["blas"], dict(found["versions"]), found["numba"]
     driver = of.pop("cuda_driver")
     lines = [
         f"backend      {found['backend']}: {found['reason']}",
         f"rung         {found['rung']['name']}: {found['rung']['reason']}",
+        "operations   " + ("compiled by numba" if compiled["used"] else f"without numba: {compiled['reason']}"),
         *(f"fault        {f['fault']}: {f['says']}; cure: {f['cure']}" for f in found["faults"] if f["found"]),
         _no_faults(found["faults"]),
         f"device       {found['device']}, {found['cpus']} CPU cores, {found['platform']}",

@@ -48,9 +48,10 @@ class History:
 
     `samples`: how many the steps have seen, each as often as it was. `stopped` says why the run ended: "epochs",
     "gradient", "still", "patience", "time" or "callback". `best_epoch` is the one whose parameters the network has,
-    where `patience` was given. `executor`: how steps were run, "eager" or "graph" (see `executors`), with ", data
-    streamed" where the data stays on the host (see `streaming`), and `plan` the operations of a graph's step (see
-    `plan.Plan.describe`). `gradient_error`: where asked for, see `train`.
+    where `patience` was given. `executor`: how steps were run, "eager", "replay", "compiled" or "graph" (see
+    `executors`), with ", numba" where it compiles the operations, and ", data streamed" where the data stays on the
+    host (see `streaming`), and `plan` the operations of a graph's step (see `plan.Plan.describe`).
+    `gradient_error`: where asked for, see `train`.
     """
 
     epoch: list[int] = field(default_factory=list)

@@ -213,16 +213,26 @@ class Ours(Library):
     """This library's own steps, as `train` runs them, and the floor."""
 
     programs: Sequence[str] = ("numpy", "floor")
+    fast = False
 
     def build(self, program: str, cell: Cell, setting: Mapping[str, Any]) -> Training:
         """The steps, or what they cannot do without."""
-        return FloorTraining(cell) if program == "floor" else OurTraining(cell)
+        return FloorTraining(cell) if program == "floor" else OurTraining(cell, self.fast)
 
 
 class Fast(Ours):
     """The same with the extra `fast`."""
 
     programs = ("fast",)
+    fast = True
+
+
+def checked(net: bp.Network, fast: bool) -> bp.Network:
+    """`net`; RuntimeError where numba compiles its operations and that is not wanted, or the other way round."""
+    if net.backend.fast != fast:
+        how = "compiles" if net.backend.fast else "does not compile"
+        raise RuntimeError(f"numba {how} the operations here: BACKPROP_GPU_FAST is not {int(fast)}")
+    return net
 
 
 def our_rule(cell: Cell) -> bp.SGD | bp.Adam:
@@ -233,10 +243,10 @@ def our_rule(cell: Cell) -> bp.SGD | bp.Adam:
 class OurTraining(Training):
     """`bench.Stepping` over the cell's rows."""
 
-    def __init__(self, cell: Cell) -> None:
+    def __init__(self, cell: Cell, fast: bool) -> None:
         self.cell, self.steps = cell, cell.chunk
         self.order = list(cell.order())
-        self.net = bp.Network(list(cell.layers), seed=0, backend="numpy")
+        self.net = checked(bp.Network(list(cell.layers), seed=0, backend="numpy"), fast)
         self.theta = np.array(self.net.theta)
         self.stepping: bench.Stepping | None = None
 
@@ -448,6 +458,21 @@ class Torch(Library):
         return (CompiledStep if setting["optimizer"] == "compiled" else CompiledGradient)(self, cell, **setting)
 
 
+def torch_loss(torch: Any, as_bytes: bool) -> Callable[..., Any]:
+    """The function (theta, X, y, rows) -> mean cross-entropy of these rows of X, bytes or scaled already."""
+    linear, relu, cross_entropy = (getattr(torch.nn.functional, f) for f in ("linear", "relu", "cross_entropy"))
+
+    def loss(theta: list[Any], X: Any, y: Any, rows: Any) -> Any:
+        A = X.index_select(0, rows)
+        if as_bytes:
+            A = A * (1 / 255)
+        for l in range(0, len(theta) - 2, 2):
+            A = relu(linear(A, theta[l], theta[l + 1]))
+        return cross_entropy(linear(A, theta[-2], theta[-1]), y.index_select(0, rows))
+
+    return loss
+
+
 class TorchTraining(Training):
     """As PyTorch's tutorials train: loss, backward, the optimizer's step, each operation launched by Python."""
 
@@ -455,23 +480,7 @@ class TorchTraining(Training):
         self.torch, self.cell, self.steps, self.form = of.torch, cell, cell.chunk, optimizer
         self.X, self.y = of.images(data), of.y
         self.rows = of.torch.tensor(cell.order()).unbind()
-        self.loss = self._loss()
-
-    def _loss(self) -> Callable[..., Any]:
-        linear, relu, cross_entropy = (
-            getattr(self.torch.nn.functional, f) for f in ("linear", "relu", "cross_entropy")
-        )
-        as_bytes = self.X.dtype == self.torch.uint8
-
-        def loss(theta: list[Any], X: Any, y: Any, rows: Any) -> Any:
-            A = X.index_select(0, rows)
-            if as_bytes:
-                A = A * (1 / 255)
-            for l in range(0, len(theta) - 2, 2):
-                A = relu(linear(A, theta[l], theta[l + 1]))
-            return cross_entropy(linear(A, theta[-2], theta[-1]), y.index_select(0, rows))
-
-        return loss
+        self.loss = torch_loss(of.torch, data == "uint8")
 
     def reset(self) -> None:
         """Parameters and optimizer."""
@@ -624,9 +633,8 @@ class JaxTraining(Training):
         return [float(loss) for losses in self.kept for loss in np.atleast_1d(losses)]
 
 
-def jax_step(jax: Any, cell: Cell, as_bytes: bool) -> Callable[..., Any]:
-    """The function (state, X, y, rows) -> (state, loss), state = (theta, slots, t)."""
-    jnp, lr = jax.numpy, LR[cell.optimizer]
+def jax_loss(jax: Any, as_bytes: bool) -> Callable[..., Any]:
+    """The function (theta, X, y, rows) -> mean cross-entropy of these rows of X, bytes or scaled already."""
 
     def loss(theta: list[Any], X: Any, y: Any, rows: Any) -> Any:
         A = X.at[rows].get(mode="promise_in_bounds")
@@ -637,6 +645,13 @@ def jax_step(jax: Any, cell: Cell, as_bytes: bool) -> Callable[..., Any]:
             A = jax.nn.relu(Z)
         hot = jax.nn.one_hot(y.at[rows].get(mode="promise_in_bounds"), Z.shape[1])
         return (jax.nn.logsumexp(Z, axis=1) - (Z * hot).sum(axis=1)).mean()
+
+    return loss
+
+
+def jax_step(jax: Any, cell: Cell, as_bytes: bool) -> Callable[..., Any]:
+    """The function (state, X, y, rows) -> (state, loss), state = (theta, slots, t)."""
+    jnp, lr, loss = jax.numpy, LR[cell.optimizer], jax_loss(jax, as_bytes)
 
     def step(state: Any, X: Any, y: Any, rows: Any) -> tuple[Any, Any]:
         theta, slots, t = state

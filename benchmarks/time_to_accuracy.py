@@ -6,13 +6,15 @@
     ... --quick           two seeds, one cold start, nothing that takes long to compile
     ... --anyway          on a machine that has other work, too
 
-Inside the clock: from the initial parameters, and the data in memory as uint8, to the end of the first epoch after
-which the test accuracy is 98 % or more; the evaluation after each epoch counts, for all alike. A seed that does not get
-there within the recipe's epochs is a failure, told and never dropped. Everything is float32.
+Inside the clock: from the initial parameters, and the data in memory, to the end of the first epoch after which the
+test accuracy is 98 % or more; the evaluation after each epoch counts, for all alike. A seed that does not get there
+within the recipe's epochs is a failure, told and never dropped. Everything is float32. This package takes its images as
+bytes; the others as bytes, gathered and then divided, or as float32 that was divided before the clock: as is quickest.
 
 Outside of it: each library has one process, which has trained an epoch on dummy labels before, so that what it imports,
-compiles and allocates is there; with 1 thread and with one a core, the quicker of which it keeps (this package chooses
-its threads by itself). Each seed is trained from scratch, seed 0 by all, then seed 1 by all in reverse order, and so
+compiles and allocates is there; so it did in each of its settings (the form of the images, XLA's options), with 1
+thread and with one a core, and it keeps the quickest (this package has no settings, and chooses its threads by itself).
+Each seed is trained from scratch, seed 0 by all, then seed 1 by all in reverse order, and so
 on; the others sleep meanwhile. All start from `bp.Network(LAYERS, seed=seed)` and see the orders of
 `batches.epoch_plan`. A library whose parameters stray from a float64 reference's in 20 steps is rejected, not timed.
 
@@ -48,7 +50,7 @@ import backprop_gpu as bp
 from backprop_gpu.batches import epoch_plan
 from backprop_gpu.datasets import Dataset
 
-from . import gpu_peers, peers, record
+from . import peer_programs, peers, record
 from .gpu_recipe import BETA1, BETA2, EPSILON, loss_and_gradient
 
 GOAL = 0.98
@@ -67,6 +69,13 @@ After = Callable[[float], bool]
 """Called with the test accuracy after each epoch; says whether training is to end."""
 
 
+class Data(NamedTuple):
+    """Images X (n, 784) and labels y (n,), as a library wants them."""
+
+    X: Any
+    y: Any
+
+
 class Model(Protocol):
     """A network in some library, made from the parameters of one of ours; making it is outside the clock.
 
@@ -75,14 +84,18 @@ class Model(Protocol):
 
     early_epsilon: bool
 
-    def train(self, train: Dataset, test: Dataset, seed: int, after: After) -> None:
+    def train(self, train: Data, test: Data, seed: int, after: After) -> None:
         """One epoch for each of RATES, unless `after` ends it; seed: see `order`."""
 
     def parameters(self) -> list[np.ndarray]:
         """[W[1], b[1], W[2], ...], W[l] of (N_l, N_(l-1))."""
 
 
-Make = Callable[[bp.Network], Model]
+class Kit(NamedTuple):
+    """A library in one of its settings: `place` gives it data, outside the clock, and `make` makes its networks."""
+
+    place: Callable[[Dataset], Data]
+    make: Callable[[bp.Network], Model]
 
 
 def order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -99,28 +112,41 @@ def parameters(net: bp.Network) -> list[np.ndarray]:
 
 
 class Ours:
-    """This package, as `bp.train` runs it."""
+    """This package, as `bp.train` runs it; `told`: how it ran the steps."""
 
     early_epsilon = False
+    told: str | None = None
 
     def __init__(self, net: bp.Network) -> None:
         self.net = net
 
-    def train(self, train: Dataset, test: Dataset, seed: int, after: After) -> None:
+    def train(self, train: Data, test: Data, seed: int, after: After) -> None:
         """See `Model`."""
-        steps = len(train.images) // BATCH_SIZE
+        steps = len(train.X) // BATCH_SIZE
 
         def stop(run: bp.training.Run) -> None:
             run.stop = after(run.history.validation_accuracy[-1])
 
-        bp.train(
+        history = bp.train(
             self.net, *train, None, bp.Adam(RATES[0]), lambda step, total: RATES[step // steps] / RATES[0], len(RATES),
             BATCH_SIZE, tuple(test), [stop], seed,
         )  # fmt: skip
+        self.told = history.executor
 
     def parameters(self) -> list[np.ndarray]:
         """See `Model`."""
         return parameters(self.net)
+
+
+def scaled(X: np.ndarray) -> np.ndarray:
+    """Images as float32 in 0..1, if they are bytes."""
+    return np.float32(X) / 255 if X.dtype == np.uint8 else X
+
+
+def placed(data: Dataset, form: str) -> Data:
+    """The images as bytes or as float32 in 0..1, the labels as most libraries index by them."""
+    X = data.images if form == "uint8" else scaled(data.images)
+    return Data(X, data.labels.astype(np.int64))
 
 
 class Textbook:
@@ -131,17 +157,16 @@ class Textbook:
     def __init__(self, net: bp.Network) -> None:
         self.theta = parameters(net)
 
-    def train(self, train: Dataset, test: Dataset, seed: int, after: After) -> None:
+    def train(self, train: Data, test: Data, seed: int, after: After) -> None:
         """See `Model`."""
-        X, X_test = np.float32(train.images) / 255, np.float32(test.images) / 255
         first, second = [np.zeros_like(P) for P in self.theta], [np.zeros_like(P) for P in self.theta]
         t = 0
         for epoch, lr in enumerate(RATES, 1):
-            for rows in order(len(X), seed, epoch):
+            for rows in order(len(train.X), seed, epoch):
                 t += 1
-                _, g = loss_and_gradient(self.theta, X[rows], train.labels[rows])
+                _, g = loss_and_gradient(self.theta, scaled(train.X[rows]), train.y[rows])
                 adam(self.theta, g, first, second, t, lr)
-            if after(float(np.mean(self.outputs(X_test).argmax(axis=1) == test.labels))):
+            if after(float(np.mean(self.outputs(scaled(test.X)).argmax(axis=1) == test.y))):
                 return
 
     def outputs(self, A: np.ndarray) -> np.ndarray:
@@ -187,15 +212,14 @@ class Sklearn:
         self.mlp.coefs_ = [np.ascontiguousarray(W.T) for W in theta[0::2]]
         self.mlp.intercepts_ = theta[1::2]
 
-    def train(self, train: Dataset, test: Dataset, seed: int, after: After) -> None:
+    def train(self, train: Data, test: Data, seed: int, after: After) -> None:
         """See `Model`."""
-        X, X_test = np.float32(train.images) / 255, np.float32(test.images) / 255
         for epoch, lr in enumerate(RATES, 1):
-            rows = order(len(X), seed, epoch).ravel()
+            rows = order(len(train.X), seed, epoch).ravel()
             if epoch > 1:
                 self.mlp._optimizer.learning_rate_init = lr
-            self.mlp.partial_fit(X[rows], train.labels[rows])
-            if after(float(np.mean(self.mlp.predict(X_test) == test.labels))):
+            self.mlp.partial_fit(train.X[rows], train.y[rows])
+            if after(float(np.mean(self.mlp.predict(test.X) == test.y))):
                 return
 
     def parameters(self) -> list[np.ndarray]:
@@ -214,11 +238,9 @@ class Torch:
         self.torch, self.loss = torch, loss
         self.theta = [torch.tensor(P).requires_grad_() for P in parameters(net)]
 
-    def train(self, train: Dataset, test: Dataset, seed: int, after: After) -> None:
+    def train(self, train: Data, test: Data, seed: int, after: After) -> None:
         """See `Model`."""
-        torch = self.torch
-        X, X_test = torch.from_numpy(train.images), torch.from_numpy(test.images)
-        y, y_test = (torch.from_numpy(part.labels.astype(np.int64)) for part in (train, test))
+        torch, (X, y) = self.torch, train
         optimizer = torch.optim.Adam(self.theta, RATES[0], (BETA1, BETA2), EPSILON, fused=True)
         for epoch, lr in enumerate(RATES, 1):
             optimizer.param_groups[0]["lr"] = lr
@@ -227,7 +249,8 @@ class Torch:
                 optimizer.step()
                 optimizer.zero_grad()
             with torch.inference_mode():
-                accuracy = (self.outputs(X_test * (1 / 255)).argmax(dim=1) == y_test).float().mean()
+                A = test.X * (1 / 255) if test.X.dtype == torch.uint8 else test.X
+                accuracy = (self.outputs(A).argmax(dim=1) == test.y).float().mean()
             if after(float(accuracy)):
                 return
 
@@ -256,13 +279,12 @@ class Jax:
         zeros = [[jax.numpy.zeros_like(P) for P in theta] for _ in range(2)]
         self.state = (theta, *zeros, jax.numpy.zeros((), np.float32))
 
-    def train(self, train: Dataset, test: Dataset, seed: int, after: After) -> None:
+    def train(self, train: Data, test: Data, seed: int, after: After) -> None:
         """See `Model`."""
-        X, y, X_test, y_test = (self.jax.device_put(a) for a in (*train, *test))
         for epoch, lr in enumerate(RATES, 1):
-            rows = order(len(X), seed, epoch).astype(np.int32)
-            self.state = self.epoch(self.state, X, y, rows, np.float32(lr))
-            if after(float(self.accuracy(self.state[0], X_test, y_test))):
+            rows = order(len(train.X), seed, epoch).astype(np.int32)
+            self.state = self.epoch(self.state, *train, rows, np.float32(lr))
+            if after(float(self.accuracy(self.state[0], *test))):
                 return
 
     def parameters(self) -> list[np.ndarray]:
@@ -270,23 +292,39 @@ class Jax:
         return [np.asarray(P) for P in self.state[0]]
 
 
-def make_torch(compiled: bool) -> Make:
-    """What makes a network in PyTorch; all of them share one compiled function."""
+def our_kit(fast: bool) -> Kit:
+    """This package, whose operations numba compiles or not; its images are bytes."""
+    return Kit(lambda data: Data(*data), lambda net: Ours(peer_programs.checked(net, fast)))
+
+
+def textbook_kit(data: str) -> Kit:
+    """NumPy alone; `data`: the form of the images."""
+    return Kit(lambda part: placed(part, data), Textbook)
+
+
+def sklearn_kit() -> Kit:
+    """scikit-learn, which takes numbers in 0..1."""
+    return Kit(lambda part: placed(part, "float32"), Sklearn)
+
+
+def torch_kit(compiled: bool, data: str) -> Kit:
+    """PyTorch; all its networks share one compiled function."""
     import torch
 
     torch.set_num_threads(len(record.affinity()))
-    loss = gpu_peers.torch_loss(torch, "cpu", "float32")
+    loss = peer_programs.torch_loss(torch, data == "uint8")
     if compiled:
         loss = torch.compile(loss, dynamic=False)
-    return lambda net: Torch(net, loss)
+    return Kit(lambda part: Data(*map(torch.from_numpy, placed(part, data))), lambda net: Torch(net, loss))
 
 
-def make_jax() -> Make:
-    """What makes a network in JAX; all of them share the two jitted functions."""
+def jax_kit(data: str, options: Mapping[str, bool]) -> Kit:
+    """JAX; all its networks share the two jitted functions, for which XLA has these options."""
     import jax
 
     jnp = jax.numpy
-    loss, _ = gpu_peers.jax_training(jax, "float32", 1)
+    as_bytes = data == "uint8"
+    loss = peer_programs.jax_loss(jax, as_bytes)
 
     def epoch(state: Any, X: Any, y: Any, order: Any, lr: Any) -> Any:
         def step(state: Any, rows: Any) -> tuple[Any, None]:
@@ -302,17 +340,18 @@ def make_jax() -> Make:
         return jax.lax.scan(step, state, order)[0]
 
     def accuracy(theta: Any, X: Any, y: Any) -> Any:
-        A = X * np.float32(1 / 255)
+        A = X * np.float32(1 / 255) if as_bytes else X
         for l in range(0, len(theta) - 2, 2):
             A = jax.nn.relu(A @ theta[l].T + theta[l + 1])
         return ((A @ theta[-2].T + theta[-1]).argmax(axis=1) == y).mean()
 
-    jitted = jax.jit(epoch, donate_argnums=0), jax.jit(accuracy)
-    return lambda net: Jax(net, *jitted)
+    jit = functools.partial(jax.jit, compiler_options=dict(options) or None)
+    jitted = jit(epoch, donate_argnums=0), jit(accuracy)
+    return Kit(lambda part: Data(*map(jax.device_put, placed(part, data))), lambda net: Jax(net, *jitted))
 
 
 class Library(NamedTuple):
-    """How a library is told and made: `make` gives what makes its networks.
+    """How a library is told and made: `kit` takes one of its settings.
 
     `kind`: its name in `peers.KINDS`, with the package it needs and its environment. `free`: it chooses its threads by
     itself. `long`: it takes long to compile.
@@ -321,7 +360,8 @@ class Library(NamedTuple):
     kind: str
     label: str
     program: str
-    make: Callable[[], Make]
+    kit: Callable[..., Kit]
+    settings: Sequence[Mapping[str, Any]] = ({},)
     free: bool = False
     long: bool = False
 
@@ -331,23 +371,28 @@ class Library(NamedTuple):
         return None if importlib.util.find_spec(needs) else f"{needs} is not installed"
 
 
+FORMS = [{"data": form} for form in peer_programs.DATA]
+XLA = [{**form, "options": options} for form in FORMS for options in peer_programs.Jax.options]
+
 LIBRARIES = {
-    "numpy": Library("numpy", "backprop_gpu", "NumPy alone", lambda: Ours, free=True),
-    "fast": Library("fast", "backprop_gpu", "with the extra `fast`", lambda: Ours, free=True),
-    "textbook": Library("textbook", "NumPy", "textbook", lambda: Textbook),
-    "sklearn": Library("sklearn", "scikit-learn", "`partial_fit`", lambda: Sklearn),
-    "torch": Library("torch", "PyTorch", "eager, fused Adam", lambda: make_torch(False)),
-    "torch-compiled": Library("torch", "PyTorch", "compiled loss, fused Adam", lambda: make_torch(True), long=True),
-    "jax": Library("jax", "JAX", "`scan` over an epoch", make_jax),
+    "numpy": Library("numpy", "backprop_gpu", "NumPy alone", lambda: our_kit(False), free=True),
+    "fast": Library("fast", "backprop_gpu", "with the extra `fast`", lambda: our_kit(True), free=True),
+    "textbook": Library("textbook", "NumPy", "textbook", textbook_kit, FORMS),
+    "sklearn": Library("sklearn", "scikit-learn", "`partial_fit`", sklearn_kit),
+    "torch": Library("torch", "PyTorch", "eager, fused Adam", functools.partial(torch_kit, False), FORMS),
+    "torch-compiled": Library(
+        "torch", "PyTorch", "compiled loss, fused Adam", functools.partial(torch_kit, True), FORMS, long=True
+    ),
+    "jax": Library("jax", "JAX", "`scan` over an epoch", jax_kit, XLA),
 }
 
 
 # ------------------------------------------------------------------------------------------- within a process
 
 
-def until_goal(make: Make, train: Dataset, test: Dataset, seed: int) -> dict[str, Any]:
+def until_goal(kit: Kit, train: Data, test: Data, seed: int) -> dict[str, Any]:
     """Train from scratch to the goal: the seconds it took, and the test accuracy after each epoch."""
-    model, accuracies = make(bp.Network(LAYERS, seed=seed)), []
+    model, accuracies = kit.make(bp.Network(LAYERS, seed=seed)), []
 
     def after(accuracy: float) -> bool:
         accuracies.append(accuracy)
@@ -358,27 +403,31 @@ def until_goal(make: Make, train: Dataset, test: Dataset, seed: int) -> dict[str
     return {"seconds": time.perf_counter() - start, "accuracies": accuracies}
 
 
-def warm_up(make: Make, train: Dataset, test: Dataset) -> float:
+def warm_up(kit: Kit, train: Dataset, test: Dataset) -> float:
     """Train on dummy labels, once for what is compiled and allocated; the seconds of another epoch."""
     dummy = Dataset(train.images, np.random.default_rng(0).permutation(train.labels))
+    parts = kit.place(dummy), kit.place(test)
     for _ in range(2):
-        model, start = make(bp.Network(LAYERS, seed=0)), time.perf_counter()
-        model.train(dummy, test, 0, lambda accuracy: True)
+        model, start = kit.make(bp.Network(LAYERS, seed=0)), time.perf_counter()
+        model.train(*parts, 0, lambda accuracy: True)
     return time.perf_counter() - start
 
 
-def check(make: Make, train: Dataset, test: Dataset) -> dict[str, Any]:
+def check(kit: Kit, train: Dataset, test: Dataset) -> dict[str, Any]:
     """How far the parameters are off after 2 * CHECKED steps, in parts of the way to there; "rejected" if too far.
 
-    The steps are those of the first two epochs on as few images: so the learning rate changes once.
+    The steps are those of the first two epochs on as few images: so the learning rate changes once. "told": how the
+    model says that it runs its steps, if it does.
     """
     some = Dataset(train.images[: CHECKED * BATCH_SIZE], train.labels[: CHECKED * BATCH_SIZE])
     start, epochs = bp.Network(LAYERS, seed=0), iter([False, True])
-    model = make(bp.Network(LAYERS, seed=0))
-    model.train(some, test, 0, lambda accuracy: next(epochs))
+    model = kit.make(bp.Network(LAYERS, seed=0))
+    model.train(kit.place(some), kit.place(test), 0, lambda accuracy: next(epochs))
     exact = reference(start, some, model.early_epsilon)
     error = distance(model.parameters(), exact) / distance(parameters(start), exact)
     found: dict[str, Any] = {"error_of_steps": error}
+    if told := getattr(model, "told", None):
+        found["told"] = told
     return found if error <= ERROR_LIMIT else {**found, "rejected": f"steps off by {error:.2g}"}  # NaN is off, too
 
 
@@ -401,28 +450,45 @@ def reference(net: bp.Network, data: Dataset, early_epsilon: bool = False) -> li
 
 
 class Server:
-    """Answers orders about one library: each is answered by the method of its name."""
+    """Answers orders about one library: each is answered by the method of its name. `choice`: which setting."""
 
     def __init__(self, library: Library) -> None:
         self.library = library
+        self.kits: dict[int, Kit] = {}
+        self.placed: dict[int, tuple[Data, Data]] = {}
 
     @functools.cached_property
     def data(self) -> tuple[Dataset, Dataset]:
         """MNIST, read when first asked for."""
         return bp.datasets.load("mnist")
 
-    @functools.cached_property
-    def make(self) -> Make:
-        """What makes networks; the library is imported for it."""
-        return self.library.make()
+    def kit(self, choice: int) -> Kit:
+        """The library, which is imported for it."""
+        if choice not in self.kits:
+            self.kits[choice] = self.library.kit(**self.library.settings[choice])
+        return self.kits[choice]
 
     def warm(self) -> dict[str, Any]:
-        """Train on dummy labels, and see whether the steps are right."""
-        return {"epoch_seconds": warm_up(self.make, *self.data), **check(self.make, *self.data)}
+        """Train on dummy labels in each setting; which is the quickest, and whether its steps are right."""
+        seconds, failed = {}, []
+        for i in range(len(self.library.settings)):
+            try:
+                seconds[i] = warm_up(self.kit(i), *self.data)
+            except Exception as e:
+                failed.append(peers.one_line(e))
+        if not seconds:
+            return {"error": failed[0]}
+        best = min(seconds, key=seconds.__getitem__)
+        tried = [{**self.library.settings[i], "epoch_seconds": of_it} for i, of_it in seconds.items()]
+        checked = check(self.kit(best), *self.data)
+        return {"choice": best, "epoch_seconds": seconds[best], "tried": tried, "failed": failed, **checked}
 
-    def train(self, seed: int) -> dict[str, Any]:
+    def train(self, seed: int, choice: int) -> dict[str, Any]:
         """Train a seed to the goal."""
-        return until_goal(self.make, *self.data, seed)
+        kit = self.kit(choice)
+        if choice not in self.placed:
+            self.placed = {choice: (kit.place(self.data[0]), kit.place(self.data[1]))}
+        return until_goal(kit, *self.placed[choice], seed)
 
 
 def serve(library: Library) -> None:
@@ -473,7 +539,8 @@ def warmed(name: str, start: Start = process_of) -> tuple[dict[str, Any], peers.
     able = [entry for entry in found if not entry[0].keys() & {"error", "rejected"}]
     if able:
         best = min(able, key=lambda entry: entry[0]["epoch_seconds"])
-        row |= best[0] | {"tuning": {told["threads"]: told["epoch_seconds"] for told, _ in able}}
+        tuning = [{"threads": told["threads"], **tried} for told, _ in able for tried in told.pop("tried")]
+        row |= best[0] | {"tuning": tuning, "setting": library.settings[best[0]["choice"]]}
     else:
         best = None
         row |= found[0][0]
@@ -503,12 +570,13 @@ def summarised(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def measured(
-    workers: Mapping[str, peers.Worker], seeds: Sequence[int], told: Callable[[str], object] = print
-) -> dict[str, dict[str, Any]]:
-    """Train every seed in every library, in turn: a summary of each."""
+    workers: Mapping[str, peers.Worker], choices: Mapping[str, int], seeds: Sequence[int],
+    told: Callable[[str], object] = print,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Train every seed in every library, each in its setting, in turn: a summary of each."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
     for seed, name in turns(list(workers), seeds):
-        run = {"seed": seed, **ask(workers[name], "train", seed=seed)}
+        run = {"seed": seed, **ask(workers[name], "train", seed=seed, choice=choices[name])}
         runs[name].append(run)
         told(f"seed {seed}, {name}: {said(run)}")
         time.sleep(PAUSE)
@@ -523,11 +591,11 @@ def said(run: Mapping[str, Any]) -> str:
     return f"{run['seconds']:.2f} s, {' '.join(f'{100 * a:.2f}' for a in run['accuracies'])} %{reached}"
 
 
-def cold_start(name: str, threads: int, seed: int, start: Start = process_of) -> dict[str, Any]:
+def cold_start(name: str, threads: int, choice: int, seed: int, start: Start = process_of) -> dict[str, Any]:
     """A fresh process from its start to the goal: "seconds" by our clock, those within it as "train_seconds"."""
     before = time.perf_counter()
     worker = start(name, threads)
-    run = ask(worker, "train", seed=seed)
+    run = ask(worker, "train", seed=seed, choice=choice)
     seconds = time.perf_counter() - before
     worker.close()
     return {"seed": seed, **run, "seconds": seconds, "train_seconds": run.get("seconds")}
@@ -545,14 +613,15 @@ def measure(names: Sequence[str], seeds: Sequence[int], cold_seeds: Sequence[int
                 print(f"{name}: {why}", flush=True)
             else:
                 workers[name] = process
-        for name, found in measured(workers, seeds, lambda line: print(line, flush=True)).items():
+        choices = {name: rows[name]["choice"] for name in workers}
+        for name, found in measured(workers, choices, seeds, lambda line: print(line, flush=True)).items():
             rows[name] |= found
     finally:
         for process in workers.values():
             process.close()
     cold: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
     for seed, name in turns(list(workers), cold_seeds):
-        run = cold_start(name, rows[name]["threads"], seed)
+        run = cold_start(name, rows[name]["threads"], choices[name], seed)
         cold[name].append(run)
         print(f"cold start, seed {seed}, {name}: {said(run)}", flush=True)
         time.sleep(PAUSE)
@@ -595,6 +664,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def setting_of(row: Mapping[str, Any]) -> str:
+    """The threads of a row, its setting, and how it says that it runs its steps."""
+    words = [f"{row['threads']} threads", *map(str, filter(None, row["setting"].values()))]
+    return ", ".join([*words, row["told"]] if "told" in row else words)
+
+
 def line_of(row: Mapping[str, Any]) -> str:
     """A row in a line."""
     name = f"{row['library']}, {row['program']}"
@@ -602,7 +677,7 @@ def line_of(row: Mapping[str, Any]) -> str:
         return f"{name}: {row.get('missing') or row.get('error') or row.get('rejected') or 'no seed reached the goal'}"
     noisy = " *" if row["noisy"] else ""
     return (
-        f"{name}, {row['threads']} threads: {row['median']:.2f} s{noisy} ({row['min']:.2f} to {row['max']:.2f}), "
+        f"{name}, {setting_of(row)}: {row['median']:.2f} s{noisy} ({row['min']:.2f} to {row['max']:.2f}), "
         f"{row['failures']} of {row['n']} failed; cold {row['cold'].get('median', float('nan')):.2f} s"
     )
 

@@ -40,8 +40,9 @@ def pytest_make_parametrize_id(config, val, argname):
 
 @pytest.fixture(autouse=True)
 def _numpy_unless_a_test_says_otherwise(monkeypatch):
-    """Also in the processes that tests start; so the suite means the same on a machine with a GPU."""
+    """Also in the processes that tests start; so the suite means the same on a machine with a GPU, or with numba."""
     monkeypatch.setenv("BACKPROP_GPU_BACKEND", "numpy")
+    monkeypatch.setenv("BACKPROP_GPU_FAST", "0")
     monkeypatch.delenv("BACKPROP_GPU_DEVICE", raising=False)
     monkeypatch.delenv("BACKPROP_GPU_EXECUTOR", raising=False)
     monkeypatch.delenv("BACKPROP_GPU_DATA_LIMIT", raising=False)

@@ -7,9 +7,10 @@
     python tests/mutate.py --equivalent          those of EQUIVALENT: each should survive
 
 It works on a copy of the repository in a temporary directory, never on the tree itself. The sites are found in the
-syntax trees of the modules in SCOPE. Each mutant meets the tests of its module in the order of PLAN, quickest first, up
-to the first that turns red; one that makes them hang is killed too. Tests that are red without a mutant do not
-count. The exit status is 1 where a mutant survives that EQUIVALENT does not name.
+syntax trees of the modules in SCOPE; what numba compiles is not among them, for its cache knows files alone. Each
+mutant meets the tests of its module in the order of PLAN, quickest first, up to the first that turns red; one that
+makes them hang is killed too. Tests that are red without a mutant do not count. The exit status is 1 where a mutant
+survives that EQUIVALENT does not name.
 
 Wants a system with fork: the libraries are imported once, each mutant is tested in a child.
 """
@@ -49,9 +50,11 @@ SCOPE = {
     "initializers": "* module",
     "batches": "generator epoch_plan split_off steps_per_epoch module",
     "numpy_ops": "* module",
+    "recording": "* module",
+    "blas": "_Threads.* matmul cores module",
     "cuda_ops": "* module",
     "cuda_source": "*",
-    "executors": "Eager.* Graph.* _Order.* device_of choose _found",
+    "executors": "Eager.* Replay.* Graph.* _Order.* device_of choose _found",
     "plan": "Workspace.* Plan.* arithmetic_of precision_of",
     "tiles": "Tile.* choose_tile",
     "grids": "* module",
@@ -137,6 +140,8 @@ PLAN = {
     "initializers": _plan("network"),
     "batches": _plan("stopping"),
     "numpy_ops": [*_plan("weights network", *_ON_NUMPY), ("tests/test_memory.py",)],
+    "recording": [("tests/test_recording.py",), *_plan("training weights")],
+    "blas": [("tests/test_blas.py",), *_plan("training")],
     "cuda_ops": [*_ON_KERNELS],
     "cuda_source": [
         (_KERNELS, "-k", "plain and (gather or launches)"),
@@ -145,6 +150,7 @@ PLAN = {
     ],
     "executors": [
         ("tests/test_graph.py", "tests/test_tally.py"),
+        ("tests/test_recording.py",),
         _DEVICE,
         ("tests/test_wide.py", "tests/test_bf16_products.py"),
         ("tests/test_streaming.py",),
@@ -231,7 +237,6 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("stopping", "return self._deadline is not None and time.perf_counter() >= self._deadline"): "one tick of a clock",
     ("optimizers", "while at < t and M > 1.1e-20:"): "how small a product counts as none",
     ("optimizers", "weight_decay = 0.0"): "every rule has a field of that name",
-    ("optimizers", "xp.subtract(a, k, out=a)"): "-a for a, and a is only squared",
     ("optimizers", '"sgd": (0.33, SGD),'): "a recommendation, no formula",
     (
         "schedules",

@@ -226,6 +226,24 @@ def test_a_run_makes_every_product_once(monkeypatch, layers, rule):
     assert blas.threads.now() == threads
 
 
+def test_the_floor_tries_all_threads_where_steps_have_threads_of_their_own(monkeypatch):
+    routines, seen = blas.routines(), set()
+    if routines is None:
+        pytest.skip("NumPy does not come with OpenBLAS here")
+
+    class Counted(Watched):
+        def matmul(self, a, b, out):
+            seen.add(routines.get_num_threads())
+            return super().matmul(a, b, out)
+
+    monkeypatch.setattr(floors, "_thread_counts", lambda: [1, 2])
+    net, before = network(), blas.threads.now()
+    net.backend = dataclasses.replace(net.backend, xp=Counted(np, []), fast=True)
+    with bench.Floor(net, M, "sgd"):
+        assert seen == {1, 2}
+    assert blas.threads.now() == before
+
+
 @pytest.mark.parametrize(("rule", "vectors"), [("sgd", 3), ("momentum", 5), ("adam", 7)])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_state_moves_what_the_update_moves(monkeypatch, rule, vectors, threads):

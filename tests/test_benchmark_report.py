@@ -296,8 +296,8 @@ class FakeWorker:
     def __init__(self, name, log, error):
         self.name, self.log, self.error = name, log, error
 
-    def ask(self, do, seconds, seed):
-        assert do == "train"
+    def ask(self, do, seconds, seed, choice):
+        assert (do, choice) == ("train", "ab".index(self.name))
         self.log.append((seed, self.name))
         if (self.name, seed) == ("b", 3):
             raise self.error("no answer within 300 s")
@@ -309,8 +309,9 @@ def test_seeds_go_in_turn_and_failures_are_counted(to_accuracy, monkeypatch):
     log, told = [], []
     monkeypatch.setattr(to_accuracy, "PAUSE", 0)
     found = to_accuracy.measured(
-        {name: FakeWorker(name, log, to_accuracy.peers.WorkerError) for name in "ab"}, range(5), told.append
-    )
+        {name: FakeWorker(name, log, to_accuracy.peers.WorkerError) for name in "ab"}, {"a": 0, "b": 1}, range(5),
+        told.append,
+    )  # fmt: skip
     assert log == [(0, "a"), (0, "b"), (1, "b"), (1, "a"), (2, "a"), (2, "b"), (3, "b"), (3, "a"), (4, "a"), (4, "b")]
     assert [(found[name]["n"], found[name]["failures"], found[name]["median"]) for name in "ab"] == [(5, 2, 2.0)] * 2
     assert [run["seed"] for run in found["b"]["runs"]] == list(range(5))  # failures are never dropped
@@ -342,7 +343,8 @@ class FakeModel:
 
 @pytest.mark.parametrize("accuracies", [[0.97, 0.98, 0.99], [0.97, 0.975]])
 def test_training_ends_with_the_epoch_that_reaches_the_goal(to_accuracy, accuracies):
-    run = to_accuracy.until_goal(lambda net: FakeModel(accuracies), None, None, 0)
+    kit = to_accuracy.Kit(None, lambda net: FakeModel(accuracies))
+    run = to_accuracy.until_goal(kit, None, None, 0)
     assert run["accuracies"] == accuracies[:2]
     assert run["seconds"] > 0
 
@@ -363,18 +365,18 @@ def started(to_accuracy, text):
 
 
 def test_a_cold_start_is_timed_from_outside(to_accuracy):
-    run = to_accuracy.cold_start("textbook", 1, 7, started(to_accuracy, SLOW))
+    run = to_accuracy.cold_start("textbook", 1, 1, 7, started(to_accuracy, SLOW))
     assert (run["seed"], run["train_seconds"], run["accuracies"]) == (7, 0.1, [0.98])
-    assert run["order"] == {"do": "train", "seed": 7}
+    assert run["order"] == {"do": "train", "seed": 7, "choice": 1}
     assert run["seconds"] > 0.2
 
 
 def test_a_process_that_ends_or_hangs_is_an_error(to_accuracy, monkeypatch):
-    run = to_accuracy.cold_start("textbook", 1, 0, started(to_accuracy, "raise SystemExit(3)"))
+    run = to_accuracy.cold_start("textbook", 1, 0, 0, started(to_accuracy, "raise SystemExit(3)"))
     assert "code 3" in run["error"]
     assert to_accuracy.summarised([run])["failures"] == 1
     monkeypatch.setattr(to_accuracy, "PATIENCE", 0.1)
-    run = to_accuracy.cold_start("textbook", 1, 0, started(to_accuracy, "import time; time.sleep(60)"))
+    run = to_accuracy.cold_start("textbook", 1, 0, 0, started(to_accuracy, "import time; time.sleep(60)"))
     assert run["error"].startswith("no answer")
 
 
@@ -389,9 +391,11 @@ def test_a_library_serves_and_what_it_prints_is_no_answer(to_accuracy, small, mo
         types.SimpleNamespace(dup=lambda fd: 9, dup2=lambda *fds: None, fdopen=lambda *a, **k: out),
     )
     monkeypatch.setattr(to_accuracy, "os", here)
-    monkeypatch.setattr(to_accuracy.sys, "stdin", io.StringIO('{"do": "train", "seed": 0}\n{"do": "dance"}\n'))
+    orders = '{"do": "train", "seed": 0, "choice": 0}\n{"do": "dance"}\n'
+    monkeypatch.setattr(to_accuracy.sys, "stdin", io.StringIO(orders))
     monkeypatch.setattr(bp.datasets, "load", lambda name: small)
-    library = to_accuracy.Library("textbook", "a", "b", lambda: lambda net: Loud([0.5, 0.99]))
+    kit = to_accuracy.Kit(lambda data: data, lambda net: Loud([0.5, 0.99]))
+    library = to_accuracy.Library("textbook", "a", "b", lambda: kit)
     to_accuracy.serve(library)
     there, run, error = map(json.loads, out.getvalue().splitlines())
     assert there == {"there": True}
@@ -415,9 +419,14 @@ class Announced:
 
 def test_the_quicker_number_of_threads_is_kept(to_accuracy, monkeypatch):
     monkeypatch.setattr(to_accuracy.record, "affinity", lambda: [0, 1, 2])
-    workers = {3: Announced({"epoch_seconds": 2.0}), 1: Announced({"epoch_seconds": 1.0})}
+
+    def said(seconds, choice):
+        return Announced({"epoch_seconds": seconds, "choice": choice, "tried": [{"epoch_seconds": seconds}]})
+
+    workers = {3: said(2.0, 0), 1: said(1.0, 1)}
     row, kept = to_accuracy.warmed("textbook", lambda name, threads: workers[threads])
-    assert (row["threads"], kept) == (1, workers[1])
+    assert (row["threads"], row["setting"], kept) == (1, {"data": "uint8"}, workers[1])
+    assert row["tuning"] == [{"threads": 3, "epoch_seconds": 2.0}, {"threads": 1, "epoch_seconds": 1.0}]
     assert (workers[3].closed, workers[1].closed) == (True, False)
 
 
@@ -451,11 +460,39 @@ PACKAGES = {"numpy": None, "textbook": None, "sklearn": "sklearn", "torch": "tor
 def test_every_library_takes_the_steps_of_the_reference(to_accuracy, small, name):
     if PACKAGES[name]:
         pytest.importorskip(PACKAGES[name], reason=f"{PACKAGES[name]} is not installed")
-    make = to_accuracy.LIBRARIES[name].make()
-    found = to_accuracy.check(make, *small)
-    assert "rejected" not in found, found
-    run = to_accuracy.until_goal(make, *small, seed=1)
-    assert len(run["accuracies"]) == len(to_accuracy.RATES)
+    library = to_accuracy.LIBRARIES[name]
+    for setting in library.settings:
+        kit = library.kit(**setting)
+        found = to_accuracy.check(kit, *small)
+        assert "rejected" not in found, (setting, found)
+        assert ("told" in found) is (name == "numpy")
+        run = to_accuracy.until_goal(kit, *map(kit.place, small), seed=1)
+        assert len(run["accuracies"]) == len(to_accuracy.RATES)
+
+
+def test_no_row_goes_by_a_name_that_is_not_its_own(to_accuracy, small):
+    with pytest.raises(RuntimeError, match="numba does not compile"):
+        to_accuracy.check(to_accuracy.LIBRARIES["fast"].kit(), *small)
+
+
+def test_the_quickest_setting_is_kept_and_what_fails_is_told(to_accuracy, small, monkeypatch):
+    seconds = {"a": 3.0, "b": None, "c": 1.0, "d": 2.0}
+
+    def warm_up(kit, *data):
+        if seconds[kit] is None:
+            raise ValueError("no such option")
+        return seconds[kit]
+
+    monkeypatch.setattr(bp.datasets, "load", lambda name: small)
+    monkeypatch.setattr(to_accuracy, "warm_up", warm_up)
+    monkeypatch.setattr(to_accuracy, "check", lambda kit, *data: {"of": kit})
+    settings = [{"name": name} for name in seconds]
+    found = to_accuracy.Server(to_accuracy.Library("textbook", "", "", lambda name: name, settings)).warm()
+    assert (found["choice"], found["epoch_seconds"], found["of"]) == (2, 1.0, "c")
+    assert found["failed"] == ["ValueError: no such option"]
+    assert [tried["name"] for tried in found["tried"]] == ["a", "c", "d"]
+    broken = to_accuracy.Server(to_accuracy.Library("textbook", "", "", lambda name: name, settings[1:2]))
+    assert broken.warm() == {"error": "ValueError: no such option"}
 
 
 def test_a_wrong_rate_and_a_wrong_order_are_rejected(to_accuracy, small, monkeypatch):
@@ -467,7 +504,7 @@ def test_a_wrong_rate_and_a_wrong_order_are_rejected(to_accuracy, small, monkeyp
                         patch.setattr(to_accuracy, name, value)
                     super().train(*args)
 
-        return to_accuracy.check(Wrong, *small)
+        return to_accuracy.check(to_accuracy.textbook_kit("uint8")._replace(make=Wrong), *small)
 
     rates, order = to_accuracy.RATES, to_accuracy.order
     assert "rejected" not in wrong()

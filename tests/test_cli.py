@@ -448,7 +448,8 @@ def twice(*args):
 numpy_ops.weight_gradient = twice
 cli.main(sys.argv[1:])
 """
-    done = run("train", "--epochs", 1, "--save", tmp_path / "m", code=130, command=[sys.executable, "-c", script])
+    command, eagerly = [sys.executable, "-c", script], {"BACKPROP_GPU_EXECUTOR": "eager"}
+    done = run("train", "--epochs", 1, "--save", tmp_path / "m", code=130, command=command, env=eagerly)
     assert done.stderr == "backprop-gpu: interrupted in the middle of step 3; nothing saved\n"
     assert not (tmp_path / "m").exists()
 

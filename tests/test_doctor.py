@@ -222,3 +222,28 @@ def test_versions_of_what_is_not_installed_are_none(monkeypatch):
     found = report.versions()
     assert (found["rich"], found["click"]) == (None, "1")
     assert np.isin(["nvrtc", "cuda_runtime", "cuda_driver"], list(found)).all()
+
+
+def test_numba_s_version_and_whether_it_is_used(monkeypatch):
+    found, text = doctor()  # the suite runs without it
+    assert found["numba"] == {"used": False, "reason": "BACKPROP_GPU_FAST is 0"}
+    assert "\noperations   without numba: BACKPROP_GPU_FAST is 0\n" in text
+    assert f"\nnumba        {found['versions']['numba'] or 'not installed'}\n" in text
+    monkeypatch.setenv("BACKPROP_GPU_FAST", "auto")
+    monkeypatch.setattr(backend, "no_fast", lambda wanted: "numba is not installed")
+    found, text = doctor()
+    assert found["numba"] == {"used": False, "reason": "numba is not installed"}
+    assert "\noperations   without numba: numba is not installed\n" in text
+    found, _ = doctor(stub(**H100), "cupy")
+    assert found["numba"] == {"used": False, "reason": "they run on a GPU"}
+
+
+def test_numba_that_compiles(monkeypatch):
+    numba = pytest.importorskip("numba")
+    if trouble := backend.no_fast("auto"):
+        pytest.skip(trouble)
+    monkeypatch.setenv("BACKPROP_GPU_FAST", "auto")
+    found, text = doctor()
+    assert found["numba"] == {"used": True, "reason": None}
+    assert found["versions"]["numba"] == numba.__version__
+    assert "\noperations   compiled by numba\n" in text

@@ -756,7 +756,9 @@ def test_the_executor_that_the_environment_names(cp, data, seen, monkeypatch, wa
 @pytest.mark.parametrize("wanted", ["Graph", "cuda", "1"])
 def test_a_name_that_no_executor_has(cp, data, monkeypatch, wanted, backend):
     monkeypatch.setenv("BACKPROP_GPU_EXECUTOR", wanted)
-    with pytest.raises(bp.ConfigError, match=f"BACKPROP_GPU_EXECUTOR is '{wanted}'\nset it to graph, eager or auto"):
+    with pytest.raises(
+        bp.ConfigError, match=f"BACKPROP_GPU_EXECUTOR is '{wanted}'\nset it to graph, compiled, replay, eager or auto"
+    ):
         trained(network(backend), data)
 
 

@@ -8,7 +8,7 @@ import pytest
 import backprop_gpu as bp
 from backprop_gpu.activations import HIDDEN, OUTPUT
 from backprop_gpu.costs import COSTS
-from backprop_gpu.executors import Eager, Problem
+from backprop_gpu.executors import Eager, Problem, Replay
 from backprop_gpu.inputs import Samples
 from backprop_gpu.optimizers import OPTIMIZERS, choose_optimizer
 from backprop_gpu.regularization import Regularization
@@ -20,7 +20,10 @@ PAIRS = [
 ]
 
 
-def peak_of_a_step(m, width, hidden="relu", cost="cross_entropy", g="softmax", rule=bp.Adam(), **more):
+RUNGS = pytest.mark.parametrize("rung", [Eager, Replay], ids=["eager", "replay"])
+
+
+def peak_of_a_step(m, width, hidden="relu", cost="cross_entropy", g="softmax", rule=bp.Adam(), rung=Eager, **more):
     K, labels, uint8 = 10, more.pop("labels", True), more.pop("uint8", True)
     rng = np.random.default_rng(0)
     dropout = more.pop("dropout", 0.0)
@@ -35,18 +38,23 @@ def peak_of_a_step(m, width, hidden="relu", cost="cross_entropy", g="softmax", r
     chosen = COSTS[cost].smoothed(more.pop("label_smoothing", 0.0))
     samples = Samples(X, T, weights, "labels" if labels else net.task)
     problem = Problem(net, chosen, samples, "mean", Regularization(**more), frozen=0)
-    executor = Eager(problem, rule, m, seed=0, steps=1)
-    measured = np.zeros((4, 2))
-    orders = [rng.permutation(2 * m)[:size] for size in (m, m, m // 3, m)]
+    executor = rung(problem, rule, m, seed=0, steps=1)
+    measured = np.zeros(2)
+    orders = [rng.permutation(2 * m)[:size] for size in (m, m // 3, m, m // 3, m)]
+
+    def step(t):
+        executor.begin(orders[t - 1], [0, len(orders[t - 1])], [1e-4], t)
+        executor.step(0, 0, len(orders[t - 1]), measured)
+
     with np.errstate(all="ignore"):
-        executor.begin(orders[0], [0, len(orders[0])], [1e-4], 1)
-        executor.step(0, 0, len(orders[0]), measured[0])
+        step(1)
+        step(2)  # both sizes are recorded, where that is what the executor does
         tracemalloc.start()
-        for t in range(1, 4):
-            executor.begin(orders[t], [0, len(orders[t])], [1e-4], t + 1)
-            executor.step(0, 0, len(orders[t]), measured[t])
+        for t in (3, 4, 5):
+            step(t)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
+    assert executor.rung == rung.rung  # it has not fallen back
     return peak
 
 
@@ -63,30 +71,33 @@ def growth(**settings):
 ALLOWANCE = 6 << 10  # bytes: a few views and numbers more; one flag for each sample more would be 24 KiB
 
 
+@RUNGS
 @pytest.mark.parametrize("hidden", HIDDEN)
-def test_every_activation(hidden):
-    assert growth(hidden=hidden) < ALLOWANCE
+def test_every_activation(hidden, rung):
+    assert growth(hidden=hidden, rung=rung) < ALLOWANCE
 
 
+@RUNGS
 @pytest.mark.parametrize("labels", [True, False], ids=["labels", "rows"])
 @pytest.mark.parametrize(("cost", "g"), PAIRS)
-def test_every_cost(cost, g, labels):
-    assert growth(cost=cost, g=g, labels=labels) < ALLOWANCE
+def test_every_cost(cost, g, labels, rung):
+    assert growth(cost=cost, g=g, labels=labels, rung=rung) < ALLOWANCE
 
 
+@RUNGS
 @pytest.mark.parametrize(
     "rule",
     [bp.SGD(0.1, weight_decay=0.1), *map(choose_optimizer, OPTIMIZERS)],
     ids=repr,
 )
-def test_every_optimizer(rule):
-    assert growth(rule=rule) < ALLOWANCE
+def test_every_optimizer(rule, rung):
+    assert growth(rule=rule, rung=rung) < ALLOWANCE
 
 
+@RUNGS
 @pytest.mark.parametrize(
     "more",
     [
-        {"dropout": 0.5},
         {"weights": True},
         {"l1": 0.1, "l2": 0.1, "clip_norm": 1.0, "clip_value": 0.1},
         {"label_smoothing": 0.1},
@@ -94,12 +105,17 @@ def test_every_optimizer(rule):
     ],
     ids=repr,
 )
-def test_every_setting(more):
-    assert growth(**more) < ALLOWANCE
+def test_every_setting(more, rung):
+    assert growth(**more, rung=rung) < ALLOWANCE
 
 
-def test_float_data():
-    assert growth(uint8=False) < ALLOWANCE
+def test_dropout():
+    assert growth(dropout=0.5) < ALLOWANCE
+
+
+@RUNGS
+def test_float_data(rung):
+    assert growth(uint8=False, rung=rung) < ALLOWANCE
 
 
 def test_the_measurement_sees_one_number_a_sample(monkeypatch):
@@ -112,3 +128,12 @@ def test_the_measurement_sees_one_number_a_sample(monkeypatch):
 
     monkeypatch.setattr(numpy_ops, "output_delta", with_a_copy)
     assert growth() > ALLOWANCE
+
+
+def test_the_measurement_sees_it_in_what_is_replayed():
+    class WithFlags(Replay):
+        def _backpropagate(self, i, start, stop, measured):
+            super()._backpropagate(i, start, stop, measured)
+            np.empty(stop - start, np.bool_)
+
+    assert growth(rung=WithFlags) > ALLOWANCE

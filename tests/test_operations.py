@@ -313,8 +313,8 @@ def test_update_in_blocks_is_update_in_one(monkeypatch, rng):
             AdamW(), theta, g, (m, v), numpy_ops.step_rows(AdamW(), [0.1], 1)[0], np.zeros(2), np.zeros(1, int)
         )
         results.append(np.concatenate([theta, m, v]))
-    np.testing.assert_array_equal(results[0], results[1])
-    np.testing.assert_array_equal(results[0], results[2])
+    for other in results[1:]:  # BLAS rounds the rest of a vector otherwise than its whole registers
+        np.testing.assert_allclose(other, results[0], rtol=1e-13, atol=1e-16)
 
 
 def test_row_blocks_give_what_one_block_gives(monkeypatch, rng):

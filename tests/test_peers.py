@@ -68,14 +68,16 @@ PROGRAMS = [
     (kind, program)
     for kind, of in peers.KINDS.items()
     for program in of.programs
-    if program not in ("floor", "fast", "compiled")
+    if program not in ("floor", "compiled")
 ]
 
 
 @BOTH
 @pytest.mark.parametrize(("kind", "program"), PROGRAMS, ids=[f"{kind}-{program}" for kind, program in PROGRAMS])
-def test_every_program_follows_the_reference_in_every_setting(kind, program, cell):
+def test_every_program_follows_the_reference_in_every_setting(monkeypatch, kind, program, cell):
     pytest.importorskip(peers.KINDS[kind].needs, exc_type=ImportError)
+    for name, value in peers.KINDS[kind].environment.items():
+        monkeypatch.setenv(name, value)
     library = peers.KINDS[kind].serves()
     exact = peer_programs.reference(cell, early_epsilon=peers.KINDS[kind].early_epsilon)
     choices = library.choices(program)
@@ -98,6 +100,15 @@ def test_scikit_learn_takes_all_its_steps_when_it_is_timed():
         assert training.model.shuffle
         assert training.at % (training.steps * cell.m) == 0
     assert training.model.loss_ < 0.5
+
+
+@pytest.mark.parametrize(("kind", "fast"), [("fast", "0"), ("numpy", "1")])
+def test_no_row_goes_by_a_name_that_is_not_its_own(monkeypatch, kind, fast):
+    if fast == "1":
+        pytest.importorskip("numba")
+    monkeypatch.setenv("BACKPROP_GPU_FAST", fast)
+    with pytest.raises(RuntimeError, match=f"BACKPROP_GPU_FAST is not {1 - int(fast)}"):
+        peers.KINDS[kind].serves().build(kind, SMALL[0], {})
 
 
 def test_the_floor_is_run_as_often_as_a_run_has_steps():

@@ -345,12 +345,18 @@ def test_adam_that_walks_away_is_told_too(blobs):
 # ------------------------------------------------------------------------------------------- interruption
 
 
+def _one_by_one(monkeypatch):
+    """Steps call the operations of `numpy_ops` by their names, one after the other."""
+    monkeypatch.setenv("BACKPROP_GPU_EXECUTOR", "eager")
+
+
 @pytest.mark.parametrize("when", ["gather", "affine_activate", "hidden_delta", "weight_gradient", "update"])
 def test_ctrl_c_waits_for_the_whole_step(blobs, monkeypatch, when):
     """The signal arrives inside the third step, in the middle of an operation; the step is finished, no other begun."""
     from backprop_gpu import numpy_ops
 
     X, T = blobs
+    _one_by_one(monkeypatch)
     plain, calls = getattr(numpy_ops, when), []
     net = bp.Network([4, 6, 6, 3], backend="numpy")
     keep = Keep(net)
@@ -399,6 +405,7 @@ def test_ctrl_c_is_not_lost_when_a_callback_fails(blobs):
 def test_a_second_ctrl_c_does_not_wait(blobs, monkeypatch):
     from backprop_gpu import numpy_ops
 
+    _one_by_one(monkeypatch)
     X, T = blobs
     ended = []
 
