@@ -20,6 +20,9 @@ from numba.extending import overload
 from . import blas
 from .activations import LEAKY_SLOPE
 
+if numba.config.DISABLE_JIT:  # `_multiply` is nothing then
+    raise ImportError("NUMBA_DISABLE_JIT is set")
+
 _serial = functools.partial(numba.njit, cache=True, error_model="numpy", nogil=True)
 _threaded = functools.partial(_serial, parallel=True)  # assign to no slice there: that starts threads, too
 

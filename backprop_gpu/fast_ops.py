@@ -6,12 +6,11 @@ on its shape and the number of threads alone, by OpenBLAS with one thread each; 
 part while it is in the cache.
 
 numba compiles a kernel when it is first needed, which takes some seconds, and keeps it in its cache (NUMBA_CACHE_DIR).
-Importing this raises ImportError where numba or OpenBLAS is missing.
+Importing this raises ImportError where numba or OpenBLAS is missing, and what numba raises where it cannot work.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 from typing import Any
 
@@ -55,19 +54,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_a_child)
 
 
-@functools.cache
-def _shared() -> bool:
-    """Whether two Python threads may run kernels in threads at once.
-
-    numba's own threads, which it takes where it finds neither OpenMP nor TBB, end the process then.
-    """
-    numba.get_num_threads()  # the layer is known from here on
-    return numba.threading_layer() != "workqueue"
+numba.get_num_threads()  # ValueError where numba finds no threads; their kind is known from here on
+# numba's own threads, taken where there is neither OpenMP nor TBB, end a process whose threads run kernels at once.
+_SHARED = numba.threading_layer() != "workqueue"
 
 
 def threads() -> int:
     """How many threads a kernel may use."""
-    return 1 if _alone or not _shared() else numba.get_num_threads()
+    return 1 if _alone or not _SHARED else numba.get_num_threads()
 
 
 def parts(work: int, worth: int) -> int:

@@ -17,6 +17,7 @@ Peers: NumPy as a tutorial writes it, scikit-learn's MLPClassifier.partial_fit, 
 call a step and with a scan over 64 steps (16 large ones). Each is tuned, per cell: data as uint8 (gathered, then
 divided) or as float32 already divided (before the clock), one thread or all, the foreach or the fused optimizer, XLA's
 options; the quickest setting is taken and told. This library is tuned over threads alone.
+A row says whether numba compiled its operations (`fast`) or not (`numpy`), and is an error where that is not so.
 scikit-learn gathers by a shuffle of its own.
 
 Each library and number of threads is a process of its own, pinned to its CPUs; all but one sleep while that one is

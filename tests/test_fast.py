@@ -517,10 +517,10 @@ def theta(seed=1, **more):
 """
 
 
-def child(text, **environment):
+def child(text, preamble=PREAMBLE, **environment):
     """What Python prints for this text after the preamble."""
     env = {**os.environ, "BACKPROP_GPU_FAST": "1", "NUMBA_NUM_THREADS": "2", **environment}
-    done = subprocess.run([sys.executable, "-c", PREAMBLE + text], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", preamble + text], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{done.returncode}: {done.stdout}{done.stderr}"
     return done.stdout.split()
 
@@ -610,6 +610,23 @@ TROUBLES = [
     (broken, "Numba needs NumPy 2.2 or less. Got NumPy 2.9.", "pip install -U numba numpy"),
     (another_blas, "NumPy does not come with OpenBLAS here", "pip install -U numba numpy"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"NUMBA_DISABLE_JIT": "1"}, "NUMBA_DISABLE_JIT is set"),
+        ({"NUMBA_THREADING_LAYER": "none of them"}, "none of them"),
+    ],
+    ids=["without a compiler", "without threads"],
+)
+def test_numba_that_cannot_work_is_not_used(environment, reason):
+    told = child(
+        "from backprop_gpu import backend; print(backend.choose('numpy').fast, backend.no_fast('auto'))",
+        "", BACKPROP_GPU_FAST="auto", **environment,
+    )  # fmt: skip
+    assert told[0] == "False"
+    assert reason in " ".join(told)
 
 
 @pytest.mark.parametrize(("wanted", "fast"), [("0", False), ("1", True), ("auto", True), ("", True)])
