@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numba
@@ -40,6 +39,7 @@ class Compiled(Replay):
         )  # fmt: skip
         if not plain or numbers is None:
             raise UnrecordableError("the step has parts that are not compiled")
+        self._made: dict[int, tuple[Any, ...]] = {}  # what the steps of so many samples work on
         self._vectors = ops.rule_vectors(rule, self.theta, self.slots)
 
     def run(self, i: int, most: int, watched: bool) -> int:
@@ -59,22 +59,21 @@ class Compiled(Replay):
         h = np.empty((count, len(fixed)), self.theta.dtype)
         lrs = np.empty(count)
         h[:] = fixed
-        for k in range(count):
-            _, lrs[k], c = self.rows[i + k]
-            h[k, 1 : 1 + len(c)] = c
+        with np.errstate(all="ignore"):  # a number too large for theta's dtype makes a step that is not ordinary
+            for k in range(count):
+                _, lrs[k], c = self.rows[i + k]
+                h[k, 1 : 1 + len(c)] = c
+        if m not in self._made:
+            self._made[m] = self._arguments(m)
         return int(
             _steps(
-                *self._of_size(m), self.order[first:last].reshape(count, m), self.theta, self.g, kind, *given, h, lrs,
+                *self._made[m], self.order[first:last].reshape(count, m), self.theta, self.g,
+                ops.empty(2, self.theta.dtype), ops.empty(1, self.theta.dtype), kind, *given, h, lrs,
                 self.rule.weight_decay, self.measured[i : i + count],
             )
         )  # fmt: skip
 
-    @functools.cached_property
-    def _of_size(self) -> Any:
-        return functools.cache(self._arguments)
-
     def _arguments(self, m: int) -> tuple[Any, ...]:
-        """What the steps of m samples work on."""
         problem = self.problem
         net, samples, batch = problem.net, problem.samples, self.batch.first(m)
         T = self._of_batch[0][:m]
@@ -105,11 +104,13 @@ class Compiled(Replay):
 def _steps(
     data: Any, scale: float, targets: Any, T: Any, part: float, hidden: Any, W: Any, b: Any, A: Any, Z: Any,
     Delta: Any, C: Any, dW: Any, db: Any, sums: Any, squares: Any, cuts: Any, passes: Any, order: Any, theta: Any,
-    g: Any, rule: int, s0: Any, s1: Any, s2: Any, h: Any, lrs: Any, decay: float, measured: Any,
+    g: Any, matrix: Any, vector: Any, rule: int, s0: Any, s1: Any, s2: Any, h: Any, lrs: Any, decay: float,
+    measured: Any,
 ) -> int:  # fmt: skip
     """Forward, backward and update for each row of `order`; how many, up to one out of the ordinary.
 
     Tuples W, b, Delta, dW, db begin with layer 1. `cuts`: for each layer the parts of W A, Delta A^T, W^T Delta.
+    `matrix` and `vector` are empty, for what there is not.
     """
     L = len(W)
     for k in range(len(order)):
@@ -118,17 +119,17 @@ def _steps(
         for i in range(T.size):
             T[i] = targets[rows[i]]
         for l in range(1, L):
-            kernels.affine(cuts[l, 0], cuts[l, 1] > 0, W[l - 1], A[l - 1], b[l - 1], hidden[l], A[l], None)
-        kernels.affine(cuts[L, 0], cuts[L, 1] > 0, W[L - 1], A[L - 1], b[L - 1], 0, Z, None)
-        kernels.cross_entropy(passes[1], Z, T, part, None, Delta[L - 1], C, sums[L], db[L - 1])
+            kernels.affine(cuts[l, 0], cuts[l, 1] > 0, W[l - 1], A[l - 1], b[l - 1], hidden[l], A[l], matrix)
+        kernels.affine(cuts[L, 0], cuts[L, 1] > 0, W[L - 1], A[L - 1], b[L - 1], 0, Z, matrix)
+        kernels.cross_entropy(passes[1], Z, T, part, vector, Delta[L - 1], C, sums[L], db[L - 1])
         for l in range(L, 0, -1):
             kernels.weight_gradient(cuts[l, 2], cuts[l, 3] > 0, Delta[l - 1], A[l - 1], dW[l - 1])
             if l > 1:
                 kernels.hidden_delta(
-                    cuts[l, 4], cuts[l, 5] > 0, W[l - 1], Delta[l - 1], A[l - 1], hidden[l - 1], None, Delta[l - 2],
+                    cuts[l, 4], cuts[l, 5] > 0, W[l - 1], Delta[l - 1], A[l - 1], hidden[l - 1], matrix, Delta[l - 2],
                     sums[l - 1], db[l - 2],
                 )  # fmt: skip
-        kernels.count_labels(Z, T, C, None, measured[k])
+        kernels.count_labels(Z, T, C, vector, measured[k])
         kernels.squares(passes[2], g, squares)
         reach = 1 + np.sqrt(squares[0])
         if decay > 0:

@@ -1,7 +1,8 @@
 """What `fast_ops` runs: loops that numba compiles, over parts of arrays, in threads.
 
 A kernel `name(parts, ...)` runs `_name` on parts of rows, columns or elements, a thread each; with one part it starts
-no thread. Slices are taken before loops: LLVM makes vector code of them only so.
+no thread. Slices are taken before loops: LLVM makes vector code of them only so. What a call does without is an empty
+array: a kernel would be compiled anew for None.
 """
 
 from __future__ import annotations
@@ -150,9 +151,9 @@ def _affine(r0: int, r1: int, c0: int, c1: int, W: Any, A_below: Any, b: Any, f:
     _multiply(PLAIN, TRANSPOSED, r1 - r0, c1 - c0, k, A_below[r0:], k, W[c0:], k, Z[r0:, c0:], n)
     for i in range(r0, r1):
         z = Z[i, c0:c1]
-        if b is not None:
+        if b.size > 0:
             _add(z, b[c0:c1])
-        if A is not None:
+        if A.size > 0:
             a = A[i, c0:c1]
             a[:] = z
             _activate(a, f)
@@ -162,7 +163,7 @@ def _affine(r0: int, r1: int, c0: int, c1: int, W: Any, A_below: Any, b: Any, f:
 
 @_threaded()
 def affine(parts: int, by_rows: bool, W: Any, A_below: Any, b: Any, f: int, Z: Any, A: Any) -> None:
-    """Z = W A_below + b, A = f(Z); b may be None, and A, where only A is wanted, in Z."""
+    """Z = W A_below + b, A = f(Z); b may be empty, and A, where only A is wanted, in Z."""
     m, n = Z.shape
     if parts == 1:
         _affine(0, m, 0, n, W, A_below, b, f, Z, A)
@@ -184,7 +185,7 @@ def _hidden_delta(
     total[:] = 0
     for i in range(r0, r1):
         d = out[i, c0:c1]
-        if mask is not None:
+        if mask.size > 0:
             of_mask = mask[i, c0:c1]
             for j in range(d.size):
                 d[j] *= of_mask[j]
@@ -196,7 +197,7 @@ def _hidden_delta(
 def hidden_delta(
     parts: int, by_rows: bool, W: Any, Delta: Any, A: Any, f: int, mask: Any, out: Any, sums: Any, db: Any
 ) -> None:
-    """out = mask f'(Z) (W^T Delta), db = out 1; mask and db may be None. `sums`: (parts, N_l), to work with."""
+    """out = mask f'(Z) (W^T Delta), db = out 1; mask and db may be empty. `sums`: (parts, N_l), to work with."""
     m, n = out.shape
     if parts == 1:
         _hidden_delta(0, m, 0, n, W, Delta, A, f, mask, out, sums[0])
@@ -206,7 +207,7 @@ def hidden_delta(
                 _hidden_delta(m * p // parts, m * (p + 1) // parts, 0, n, W, Delta, A, f, mask, out, sums[p])
             else:
                 _hidden_delta(0, m, n * p // parts, n * (p + 1) // parts, W, Delta, A, f, mask, out, sums[0])
-    if db is not None:
+    if db.size > 0:
         _copy(db, sums[0])
         if by_rows:
             for p in range(1, parts):
@@ -246,7 +247,7 @@ def _cross_entropy(lo: int, hi: int, Z: Any, T: Any, part: float, w: Any, Delta:
             d[k] = math.exp(z[k] - largest)
             total += d[k]
         C[i] = math.log(total) - (z[T[i]] - largest)
-        of_sample = w[i] if w is not None else Z.dtype.type(part)
+        of_sample = w[i] if w.size > 0 else Z.dtype.type(part)
         for k in range(K):
             d[k] = d[k] / total * of_sample
         d[T[i]] -= of_sample
@@ -255,14 +256,14 @@ def _cross_entropy(lo: int, hi: int, Z: Any, T: Any, part: float, w: Any, Delta:
 
 @_threaded()
 def cross_entropy(parts: int, Z: Any, T: Any, part: float, w: Any, Delta: Any, C: Any, sums: Any, db: Any) -> None:
-    """C and Delta = w (softmax(Z) - T) of labels T, db = Delta 1; w None: `part` of each sample. `sums`: (parts, K)."""
+    """C; Delta = w (softmax(Z) - T), T labels; db = Delta 1. w empty: `part` instead. `sums`: (parts, K)."""
     m = len(Z)
     if parts == 1:
         _cross_entropy(0, m, Z, T, part, w, Delta, C, sums[0])
     else:
         for p in prange(parts):
             _cross_entropy(m * p // parts, m * (p + 1) // parts, Z, T, part, w, Delta, C, sums[p])
-    if db is not None:
+    if db.size > 0:
         _copy(db, sums[0])
         for p in range(1, parts):
             _add(db, sums[p])
@@ -270,7 +271,7 @@ def cross_entropy(parts: int, Z: Any, T: Any, part: float, w: Any, Delta: Any, C
 
 @_serial()
 def count_labels(Z: Any, T: Any, C: Any, w: Any, out: Any) -> None:
-    """out = [sum of w C (w None: of C), number of rows of Z whose largest entry is the label's]."""
+    """out = [sum of w C (w empty: of C), number of rows of Z whose largest entry is the label's]."""
     cost, right = 0.0, 0
     for i in range(len(Z)):
         z, label = Z[i], 0
@@ -278,7 +279,7 @@ def count_labels(Z: Any, T: Any, C: Any, w: Any, out: Any) -> None:
             if z[k] > z[label] or (z[k] != z[k] and z[label] == z[label]):
                 label = k
         right += label == T[i]
-        cost += np.float64(C[i]) * (np.float64(w[i]) if w is not None else 1.0)
+        cost += np.float64(C[i]) * (np.float64(w[i]) if w.size > 0 else 1.0)
     out[0], out[1] = cost, right
 
 

@@ -11,6 +11,7 @@ Importing this raises ImportError where numba or OpenBLAS is missing, and what n
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -69,6 +70,16 @@ def parts(work: int, worth: int) -> int:
     return max(1, min(threads(), work // worth))
 
 
+@functools.cache
+def empty(ndim: int, dtype: np.dtype[Any]) -> Array:
+    """For what a kernel does without."""
+    return np.empty((0,) * ndim, dtype)
+
+
+def _given(vector: Array | None, like: Array) -> Array:
+    return empty(1, like.dtype) if vector is None else vector
+
+
 def gather(data: Array, rows: Array | slice, out: Array) -> None:
     """As `numpy_ops.gather`."""
     if data.dtype == np.uint8 and data.ndim == 2 and out.dtype != np.uint8 and not isinstance(rows, slice):
@@ -100,16 +111,17 @@ def gradient_parts(m: int, n: int, k: int) -> tuple[int, bool]:
 def affine(W: Array, A_below: Array, b: Array | None, Z: Array) -> None:
     """Z = W A_below + b."""
     count, by_rows = affine_parts(len(Z), *W.shape)
-    noted(kernels.affine, count, by_rows, W, A_below, b, kernels.NONE, Z, None)
+    noted(kernels.affine, count, by_rows, W, A_below, _given(b, Z), kernels.NONE, Z, empty(2, Z.dtype))
 
 
 def affine_activate(W: Array, A_below: Array, b: Array | None, f: Activation, Z: Array, A: Array) -> None:
     """Z = W A_below + b, A = f(Z). Z and A may be one array; then only A is left in it."""
-    cut = affine_parts(len(Z), *W.shape)
     if f.name in kernels.VALUES:
-        noted(kernels.affine, *cut, W, A_below, b, kernels.VALUES[f.name], Z, None if A is Z else A)
+        count, by_rows = affine_parts(len(Z), *W.shape)
+        apart = empty(2, Z.dtype) if A is Z else A
+        noted(kernels.affine, count, by_rows, W, A_below, _given(b, Z), kernels.VALUES[f.name], Z, apart)
     else:
-        noted(kernels.affine, *cut, W, A_below, b, kernels.NONE, Z, None)
+        affine(W, A_below, b, Z)
         numpy_ops.activate(None, f, Z, A)
 
 
@@ -121,9 +133,9 @@ def output_delta(
         numpy_ops.output_delta(cost, g, Z, T, w, Delta, C, db)
         return
     count = parts(Z.size, EXPONENTIALS)
-    part, of_sample = (w, None) if isinstance(w, float) else (0.0, w)
+    part, of_sample = (w, empty(1, Z.dtype)) if isinstance(w, float) else (0.0, w)
     sums = scratch("sums", (count, Z.shape[1]), Z.dtype)
-    noted(kernels.cross_entropy, count, Z, T, part, of_sample, Delta, C, sums, db)
+    noted(kernels.cross_entropy, count, Z, T, part, of_sample, Delta, C, sums, _given(db, Z))
 
 
 def hidden_delta(
@@ -132,11 +144,13 @@ def hidden_delta(
     """As `numpy_ops.hidden_delta`."""
     count, by_rows = delta_parts(len(out), W.shape[1], len(W))
     sums = scratch("sums", (count, out.shape[1]), out.dtype)
+    dropped = empty(2, out.dtype) if mask is None else mask
     if f.name in kernels.DERIVATIVES:
-        how = kernels.DERIVATIVES[f.name]
-        noted(kernels.hidden_delta, count, by_rows, W, Delta, A, how, mask, out, sums, db)
+        how, of_db = kernels.DERIVATIVES[f.name], _given(db, out)
+        noted(kernels.hidden_delta, count, by_rows, W, Delta, A, how, dropped, out, sums, of_db)
     else:
-        noted(kernels.hidden_delta, count, by_rows, W, Delta, A, kernels.NONE, mask, out, sums, None)
+        of_db = empty(1, out.dtype)
+        noted(kernels.hidden_delta, count, by_rows, W, Delta, A, kernels.NONE, dropped, out, sums, of_db)
         numpy_ops.differentiate(f, Z, A, None, out, db)
 
 
@@ -149,7 +163,7 @@ def weight_gradient(Delta: Array, A_below: Array, dW: Array) -> None:
 def measure(task: str, g: Activation, Z: Array, T: Array, C: Array, w: Array | None, out: Array) -> None:
     """As `numpy_ops.measure`."""
     if task == "labels" and g.increasing and T.ndim == 1:
-        noted(kernels.count_labels, Z, T, C, w, out)
+        noted(kernels.count_labels, Z, T, C, _given(w, C), out)
     else:
         numpy_ops.measure(task, g, Z, T, C, w, out)
 
