@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -409,7 +410,7 @@ def test_training_in_parts(monkeypatch, parts, blobs):
         ("compiled", {"net": {"hidden": ["leaky_relu", "identity"]}}),
         ("compiled", {"batches": "chunks", "schedule": "cosine"}),
     ],
-    ids=str,
+    ids=lambda setting: setting if isinstance(setting, str) else re.sub(r" at 0x\w+", "", str(setting)),
 )
 def test_settings_train_as_on_numpy(monkeypatch, blobs, rung, settings):
     hold_training(monkeypatch, *blobs, rungs=[rung], **settings)
