@@ -479,8 +479,8 @@ def _average_square(xp: Any, v: Array, g: Array, beta: float, s: Array) -> None:
 
 def _blend(xp: Any, y: Array, b: float, x: Array, a: float, s: Array) -> None:
     """y <- b y + a x, in one pass where xp has `axpby`; s is scratch, x perhaps."""
-    if hasattr(xp, "axpby"):
-        xp.axpby(a, x, b, y)
+    if in_one_pass := getattr(xp, "axpby", None):
+        in_one_pass(a, x, b, y)
         return
     xp.multiply(y, b, out=y)
     xp.add(y, x if a == 1 else xp.multiply(x, a, out=s), out=y)
@@ -488,8 +488,8 @@ def _blend(xp: Any, y: Array, b: float, x: Array, a: float, s: Array) -> None:
 
 def _descend(xp: Any, theta: Array, rate: float, step: Array, s: Array) -> None:
     """theta <- theta - rate step; s is scratch, step perhaps. `rate` may be an array of one number."""
-    if hasattr(xp, "axpby"):
-        xp.descend(theta, rate, step)
+    if in_one_pass := getattr(xp, "descend", None):
+        in_one_pass(theta, rate, step)
         return
     xp.multiply(step, rate, out=s)
     xp.subtract(theta, s, out=theta)

@@ -87,7 +87,7 @@ class Kind(NamedTuple):
     """
 
     serves: Callable[[], Library]
-    library: str
+    of: str
     needs: str
     environment: Mapping[str, str]
     programs: Sequence[str]
@@ -110,7 +110,7 @@ class Server:
     """Answers orders about one library: what `Worker.ask` sends is answered by the method of the same name."""
 
     def __init__(self, library: Library) -> None:
-        self.library = library
+        self.lib = library
         self.trainings: dict[str, Training] = {}
 
     def answer(self, order: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,11 +128,11 @@ class Server:
         `like`: settings that are not to be tuned; `quick`: none are.
         """
         of = Cell.of(cell)
-        given = self.library.choices(program)
+        given = self.lib.choices(program)
         choices = Choices(
             {name: (like[name],) if name in like else values[: 1 if quick else None] for name, values in given.items()}
         )
-        build = functools.partial(self.library.build, program, of)
+        build = functools.partial(self.lib.build, program, of)
         best, tried, failed = tuned(build, choices)
         if best is None:
             raise RuntimeError(failed[0])
@@ -459,7 +459,7 @@ class Comparison:
                 continue
             row = {
                 "cell": {"name": cell.name, "layers": list(cell.layers), "m": cell.m, "optimizer": cell.optimizer},
-                "library": KINDS[kind].library, "program": program, "kind": kind, "steps": 0, "flop": cell.flop,
+                "library": KINDS[kind].of, "program": program, "kind": kind, "steps": 0, "flop": cell.flop,
             }  # fmt: skip
             if kind in self.missing:
                 yield row | {"error": f"not installed: {KINDS[kind].needs}"}

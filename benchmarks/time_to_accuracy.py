@@ -453,7 +453,7 @@ class Server:
     """Answers orders about one library: each is answered by the method of its name. `choice`: which setting."""
 
     def __init__(self, library: Library) -> None:
-        self.library = library
+        self.lib = library
         self.kits: dict[int, Kit] = {}
         self.placed: dict[int, tuple[Data, Data]] = {}
 
@@ -465,13 +465,13 @@ class Server:
     def kit(self, choice: int) -> Kit:
         """The library, which is imported for it."""
         if choice not in self.kits:
-            self.kits[choice] = self.library.kit(**self.library.settings[choice])
+            self.kits[choice] = self.lib.kit(**self.lib.settings[choice])
         return self.kits[choice]
 
     def warm(self) -> dict[str, Any]:
         """Train on dummy labels in each setting; which is the quickest, and whether its steps are right."""
         seconds, failed = {}, []
-        for i in range(len(self.library.settings)):
+        for i in range(len(self.lib.settings)):
             try:
                 seconds[i] = warm_up(self.kit(i), *self.data)
             except Exception as e:
@@ -479,7 +479,7 @@ class Server:
         if not seconds:
             return {"error": failed[0]}
         best = min(seconds, key=seconds.__getitem__)
-        tried = [{**self.library.settings[i], "epoch_seconds": of_it} for i, of_it in seconds.items()]
+        tried = [{**self.lib.settings[i], "epoch_seconds": of_it} for i, of_it in seconds.items()]
         checked = check(self.kit(best), *self.data)
         return {"choice": best, "epoch_seconds": seconds[best], "tried": tried, "failed": failed, **checked}
 

@@ -4,6 +4,7 @@ import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: each takes one thread, and so do those that it starts
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # numba's threads wait without turning
 
 import fake_cupy
 import numpy as np

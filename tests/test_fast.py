@@ -62,7 +62,7 @@ def _fast(monkeypatch):
     monkeypatch.setenv("BACKPROP_GPU_FAST", "1")
 
 
-@pytest.fixture(params=[1, 2, 3])
+@pytest.fixture(params=[1, 3])
 def parts(request, monkeypatch):
     """Into how many parts all work is cut."""
     in_parts(monkeypatch, request.param)
