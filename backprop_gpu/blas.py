@@ -1,7 +1,8 @@
 """The BLAS under NumPy, where it is OpenBLAS: its products, and how many threads make one.
 
-Threads cost more than they bring where a product is small. How many there are is a function of the product's shape
-alone, so that the bits of a result do not depend on the time of day. What a user has set is there again after `kept`.
+Threads cost more than they bring where a product is small. How many there are, one or all that the user allows, is a
+function of the product's shape alone, so that the bits of a result do not depend on the time of day. What a user has
+set is there again after `kept`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import numpy as np
 from .activations import Array
 
 SMALL = 8_000_000  # multiply-adds of a product that one thread makes as fast as two (Zen 3, OpenBLAS 0.3.31)
-
 LONG = 50_000  # elements of a sum of vectors that two threads make faster than one
 
 

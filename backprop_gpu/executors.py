@@ -79,8 +79,8 @@ class Eager:
     @property
     def told(self) -> str:
         """The rung, whether numba compiles its operations, and whether data is streamed."""
-        how = ", numba" if self.problem.net.backend.fast else ", data streamed" if self.feed else ""
-        return self.rung + how
+        fast, streamed = self.problem.net.backend.fast, self.feed is not None
+        return self.rung + ", numba" * fast + ", data streamed" * streamed
 
     @functools.cached_property
     def batch(self) -> Batch:

@@ -35,7 +35,7 @@ from .numpy_ops import (  # noqa: F401 - the rest of the instruction set
     step_rows,
     subtract_targets,
     xp,
-)  # fmt: skip
+)
 from .optimizers import SGD, AdaDelta, AdaGrad, Adam, AdamW, Lion, NAdam, Optimizer, RMSProp, Slots
 from .recording import Tape, noted
 

@@ -7,8 +7,6 @@ training steps took. Exits with 1 where a seed stays below 98.0 % test accuracy.
 """
 
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -16,21 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .record import conditions
+
 SEEDS = range(10)
 GOAL = 0.98
-
-
-def conditions() -> dict[str, Any]:
-    """What the figures depend on."""
-    doctor = subprocess.run(
-        [sys.executable, "-m", "backprop_gpu", "doctor", "--json"], capture_output=True, text=True, check=True
-    )
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "doctor": json.loads(doctor.stdout),
-        "cpu": cpu[0].partition(":")[2].strip() if cpu else platform.processor(),
-        "load_before": os.getloadavg()[0],
-    }
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 from backprop_gpu.examples import product_order
 
-from .mnist_seeds import conditions
+from .record import conditions
 
 WIDTHS = (100, 200, 500, 1000, 2000)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import backprop_gpu as bp
 
-from .mnist_seeds import conditions
+from .record import conditions
 
 CANDIDATES = [
     (bp.SGD(0.3), 128),
