@@ -15,8 +15,9 @@ from typing import Any
 import llvmlite.binding
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import prange, types
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 
 from . import blas
 from .activations import LEAKY_SLOPE
@@ -122,13 +123,73 @@ def _add(a: Any, b: Any) -> None:
         a[j] += b[j]
 
 
+@_serial(fastmath={"reassoc"})
+def _norm2(a: Any) -> float:
+    """||a||^2 of a vector, summed in its dtype."""
+    total = a.dtype.type(0)
+    for j in range(a.size):
+        total += a[j] * a[j]
+    return total
+
+
+def _exponentiate(d: Any) -> None:
+    """d = exp(d), a vector of numbers that are not above 0."""
+
+
+@overload(_exponentiate)
+def _exponentiate_of(d):  # type: ignore[no-untyped-def]
+    def by_the_library(d):  # type: ignore[no-untyped-def]
+        for j in range(d.size):
+            d[j] = math.exp(d[j])
+
+    # Vector code, as a call of the library is not. The numbers are expf's of Cephes (S. Moshier): exp(d) is 2^n exp(x),
+    # ln 2 in two parts, so that n ln 2 is taken off exactly.
+    LOG2_E, LN2, REST_OF_LN2 = map(np.float32, (1.44269504, 0.693359375, -2.12194440e-4))
+    LEAST, HALF, ONE = map(np.float32, (-87.0, 0.5, 1.0))
+    P0, P1, P2 = map(np.float32, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3))
+    P3, P4, P5 = map(np.float32, (4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1))
+
+    def by_a_polynomial(d):  # type: ignore[no-untyped-def]
+        for j in range(d.size):
+            x = LEAST if d[j] < LEAST else d[j]
+            n = np.floor(x * LOG2_E + HALF)
+            x = x - n * LN2 - n * REST_OF_LN2
+            y = ((((P0 * x + P1) * x + P2) * x + P3) * x + P4) * x + P5
+            power = np.int32((np.int32(n) + 127) << 23).view(np.float32)
+            d[j] = (y * x * x + x + ONE) * power
+
+    return by_a_polynomial if d.dtype == types.float32 else by_the_library
+
+
+@intrinsic
+def _prefetch(typing, address):  # type: ignore[no-untyped-def]
+    """Have the cache line of this address fetched."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        f = builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind)
+        read, keep, of_data = number(0), number(3), number(1)
+        builder.call(f, [builder.inttoptr(args[0], pointer), read, keep, of_data])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
+
+
 # -------------------------------------------------------------------------------------------------------- operations
+
+AHEAD, LINE = 4, 64  # rows that are fetched early, for they lie anywhere; bytes
 
 
 @_serial()
 def _gather(lo: int, hi: int, data: Any, rows: Any, scale: float, out: Any) -> None:
     scale = out.dtype.type(scale)
+    start, stride, size = data.ctypes.data, data.strides[0], data.shape[1] * data.itemsize
     for i in range(lo, hi):
+        if i + AHEAD < hi:
+            row = start + rows[i + AHEAD] * stride
+            for at in range(0, size, LINE):
+                _prefetch(row + at)
         to, of = out[i], data[rows[i]]
         for j in range(to.size):
             to[j] = of[j] / scale
@@ -146,9 +207,12 @@ def gather(parts: int, data: Any, rows: Any, scale: float, out: Any) -> None:
 
 
 @_serial()
-def _affine(r0: int, r1: int, c0: int, c1: int, W: Any, A_below: Any, b: Any, f: int, Z: Any, A: Any) -> None:
+def _affine(
+    r0: int, r1: int, c0: int, c1: int, W: Any, A_below: Any, b: Any, f: int, Z: Any, A: Any, norm2: Any
+) -> None:
     k, n = W.shape[1], Z.shape[1]
     _multiply(PLAIN, TRANSPOSED, r1 - r0, c1 - c0, k, A_below[r0:], k, W[c0:], k, Z[r0:, c0:], n)
+    total = 0.0
     for i in range(r0, r1):
         z = Z[i, c0:c1]
         if b.size > 0:
@@ -159,30 +223,37 @@ def _affine(r0: int, r1: int, c0: int, c1: int, W: Any, A_below: Any, b: Any, f:
             _activate(a, f)
         else:
             _activate(z, f)
+            if norm2.size > 0:
+                total += _norm2(z)
+    if norm2.size > 0:
+        norm2[0] = total
 
 
 @_threaded()
-def affine(parts: int, by_rows: bool, W: Any, A_below: Any, b: Any, f: int, Z: Any, A: Any) -> None:
-    """Z = W A_below + b, A = f(Z); b may be empty, and A, where only A is wanted, in Z."""
+def affine(parts: int, by_rows: bool, W: Any, A_below: Any, b: Any, f: int, Z: Any, A: Any, norm2: Any) -> None:
+    """Z = W A_below + b, A = f(Z); b may be empty, and A, where only A is wanted, in Z.
+
+    norm2 (parts, 1): for ||A||^2 of each part, where A is in Z; (parts, 0): it is not wanted.
+    """
     m, n = Z.shape
     if parts == 1:
-        _affine(0, m, 0, n, W, A_below, b, f, Z, A)
+        _affine(0, m, 0, n, W, A_below, b, f, Z, A, norm2[0])
     else:
         for p in prange(parts):
             if by_rows:
-                _affine(m * p // parts, m * (p + 1) // parts, 0, n, W, A_below, b, f, Z, A)
+                _affine(m * p // parts, m * (p + 1) // parts, 0, n, W, A_below, b, f, Z, A, norm2[p])
             else:
-                _affine(0, m, n * p // parts, n * (p + 1) // parts, W, A_below, b, f, Z, A)
+                _affine(0, m, n * p // parts, n * (p + 1) // parts, W, A_below, b, f, Z, A, norm2[p])
 
 
 @_serial()
 def _hidden_delta(
-    r0: int, r1: int, c0: int, c1: int, W: Any, Delta: Any, A: Any, f: int, mask: Any, out: Any, sums: Any
+    r0: int, r1: int, c0: int, c1: int, W: Any, Delta: Any, A: Any, f: int, mask: Any, out: Any, sums: Any, norm2: Any
 ) -> None:
     k, n = W.shape
     _multiply(PLAIN, PLAIN, r1 - r0, c1 - c0, k, Delta[r0:], k, W[:, c0:], n, out[r0:, c0:], n)
-    total = sums[c0:c1]
-    total[:] = 0
+    of_columns, total = sums[c0:c1], 0.0
+    of_columns[:] = 0
     for i in range(r0, r1):
         d = out[i, c0:c1]
         if mask.size > 0:
@@ -190,23 +261,32 @@ def _hidden_delta(
             for j in range(d.size):
                 d[j] *= of_mask[j]
         _differentiate(d, A[i, c0:c1], f)
-        _add(total, d)
+        _add(of_columns, d)
+        if norm2.size > 0:
+            total += _norm2(d)
+    if norm2.size > 0:
+        norm2[0] = total
 
 
 @_threaded()
 def hidden_delta(
-    parts: int, by_rows: bool, W: Any, Delta: Any, A: Any, f: int, mask: Any, out: Any, sums: Any, db: Any
+    parts: int, by_rows: bool, W: Any, Delta: Any, A: Any, f: int, mask: Any, out: Any, sums: Any, db: Any, norm2: Any
 ) -> None:
-    """out = mask f'(Z) (W^T Delta), db = out 1; mask and db may be empty. `sums`: (parts, N_l), to work with."""
+    """out = mask f'(Z) (W^T Delta), db = out 1; mask and db may be empty. `sums`: (parts, N_l), to work with.
+
+    norm2: for ||out||^2 of each part, as in `affine`.
+    """
     m, n = out.shape
     if parts == 1:
-        _hidden_delta(0, m, 0, n, W, Delta, A, f, mask, out, sums[0])
+        _hidden_delta(0, m, 0, n, W, Delta, A, f, mask, out, sums[0], norm2[0])
     else:
         for p in prange(parts):
             if by_rows:
-                _hidden_delta(m * p // parts, m * (p + 1) // parts, 0, n, W, Delta, A, f, mask, out, sums[p])
+                r0, r1 = m * p // parts, m * (p + 1) // parts
+                _hidden_delta(r0, r1, 0, n, W, Delta, A, f, mask, out, sums[p], norm2[p])
             else:
-                _hidden_delta(0, m, n * p // parts, n * (p + 1) // parts, W, Delta, A, f, mask, out, sums[0])
+                c0, c1 = n * p // parts, n * (p + 1) // parts
+                _hidden_delta(0, m, c0, c1, W, Delta, A, f, mask, out, sums[0], norm2[p])
     if db.size > 0:
         _copy(db, sums[0])
         if by_rows:
@@ -237,19 +317,25 @@ def weight_gradient(parts: int, by_rows: bool, Delta: Any, A_below: Any, dW: Any
 @_serial()
 def _cross_entropy(lo: int, hi: int, Z: Any, T: Any, part: float, w: Any, Delta: Any, C: Any, sums: Any) -> None:
     K, zero = Z.shape[1], Z.dtype.type(0)
-    sums[:] = 0
     for i in range(lo, hi):
         z, d = Z[i], Delta[i]
-        largest, total = z[0], zero
+        largest = z[0]
         for k in range(1, K):
             largest = largest if largest >= z[k] or largest != largest else z[k]
         for k in range(K):
-            d[k] = math.exp(z[k] - largest)
-            total += d[k]
-        C[i] = math.log(total) - (z[T[i]] - largest)
-        of_sample = w[i] if w.size > 0 else Z.dtype.type(part)
+            d[k] = z[k] - largest
+        C[i] = d[T[i]]
+    _exponentiate(Delta.reshape(Delta.size)[lo * K : hi * K])
+    sums[:] = 0
+    for i in range(lo, hi):
+        d, total = Delta[i], zero
         for k in range(K):
-            d[k] = d[k] / total * of_sample
+            total += d[k]
+        C[i] = math.log(total) - C[i]
+        of_sample = w[i] if w.size > 0 else Z.dtype.type(part)
+        scale = of_sample / total
+        for k in range(K):
+            d[k] *= scale
         d[T[i]] -= of_sample
         _add(sums, d)
 

@@ -40,8 +40,8 @@ from .optimizers import SGD, AdaDelta, AdaGrad, Adam, AdamW, Lion, NAdam, Optimi
 from .recording import Tape, noted
 
 # The work that is worth one more thread, whose start takes some 3 us (Zen 3, OpenMP): multiply-adds of a product,
-# elements of a pass, exponentials.
-PRODUCT, PASS, EXPONENTIALS = 250_000, 30_000, 600
+# elements of a pass, elements that are gathered, exponentials.
+PRODUCT, PASS, GATHERED, EXPONENTIALS = 250_000, 30_000, 10_000, 1200
 
 _alone = False
 
@@ -71,6 +71,12 @@ def parts(work: int, worth: int) -> int:
 
 
 @functools.cache
+def no_norms(count: int) -> Array:
+    """For the squares of so many parts that nobody wants."""
+    return np.empty((count, 0))
+
+
+@functools.cache
 def empty(ndim: int, dtype: np.dtype[Any]) -> Array:
     """For what a kernel does without."""
     return np.empty((0,) * ndim, dtype)
@@ -83,7 +89,7 @@ def _given(vector: Array | None, like: Array) -> Array:
 def gather(data: Array, rows: Array | slice, out: Array) -> None:
     """As `numpy_ops.gather`."""
     if data.dtype == np.uint8 and data.ndim == 2 and out.dtype != np.uint8 and not isinstance(rows, slice):
-        noted(kernels.gather, parts(out.size, PASS), data, rows, 255.0, out)
+        noted(kernels.gather, parts(out.size, GATHERED), data, rows, 255.0, out)
     else:
         numpy_ops.gather(data, rows, out)
 
@@ -111,15 +117,15 @@ def gradient_parts(m: int, n: int, k: int) -> tuple[int, bool]:
 def affine(W: Array, A_below: Array, b: Array | None, Z: Array) -> None:
     """Z = W A_below + b."""
     count, by_rows = affine_parts(len(Z), *W.shape)
-    noted(kernels.affine, count, by_rows, W, A_below, _given(b, Z), kernels.NONE, Z, empty(2, Z.dtype))
+    noted(kernels.affine, count, by_rows, W, A_below, _given(b, Z), kernels.NONE, Z, empty(2, Z.dtype), no_norms(count))
 
 
 def affine_activate(W: Array, A_below: Array, b: Array | None, f: Activation, Z: Array, A: Array) -> None:
     """Z = W A_below + b, A = f(Z). Z and A may be one array; then only A is left in it."""
     if f.name in kernels.VALUES:
         count, by_rows = affine_parts(len(Z), *W.shape)
-        apart = empty(2, Z.dtype) if A is Z else A
-        noted(kernels.affine, count, by_rows, W, A_below, _given(b, Z), kernels.VALUES[f.name], Z, apart)
+        how, apart = kernels.VALUES[f.name], empty(2, Z.dtype) if A is Z else A
+        noted(kernels.affine, count, by_rows, W, A_below, _given(b, Z), how, Z, apart, no_norms(count))
     else:
         affine(W, A_below, b, Z)
         numpy_ops.activate(None, f, Z, A)
@@ -145,12 +151,11 @@ def hidden_delta(
     count, by_rows = delta_parts(len(out), W.shape[1], len(W))
     sums = scratch("sums", (count, out.shape[1]), out.dtype)
     dropped = empty(2, out.dtype) if mask is None else mask
-    if f.name in kernels.DERIVATIVES:
-        how, of_db = kernels.DERIVATIVES[f.name], _given(db, out)
-        noted(kernels.hidden_delta, count, by_rows, W, Delta, A, how, dropped, out, sums, of_db)
-    else:
-        of_db = empty(1, out.dtype)
-        noted(kernels.hidden_delta, count, by_rows, W, Delta, A, kernels.NONE, dropped, out, sums, of_db)
+    known = f.name in kernels.DERIVATIVES
+    how = kernels.DERIVATIVES[f.name] if known else kernels.NONE
+    of_db = _given(db if known else None, out)
+    noted(kernels.hidden_delta, count, by_rows, W, Delta, A, how, dropped, out, sums, of_db, no_norms(count))
+    if not known:
         numpy_ops.differentiate(f, Z, A, None, out, db)
 
 
