@@ -28,6 +28,7 @@ from .activations import Array
 from .errors import BackendError, ConfigError, lookup
 
 log = logging.getLogger("backprop_gpu")
+log.addHandler(logging.NullHandler())
 
 WHEELS = ("cupy-cuda12x", "cupy-cuda13x")
 CAPABILITY = (7, 0)  # the least compute capability that the kernels are written for

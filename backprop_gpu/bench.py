@@ -409,46 +409,58 @@ class _ClockedOps:
 
 STARTS = {  # processes, and what Python is told in each
     "numpy": ("-c", "import numpy"),
-    "import": ("-c", "import backprop_gpu"),
+    "import": ("-c", "import numpy, backprop_gpu"),
+    "use": ("-c", "from backprop_gpu import Network, train"),
     "help": ("-m", "backprop_gpu", "--help"),
 }
 
 
 @dataclass(frozen=True)
 class Startup:
-    """Seconds from a process's start to its end, medians: `import numpy`, `import backprop_gpu`, and `--help`."""
+    """Seconds from a process's start to its end, medians.
+
+    `numpy`: `import numpy`; `package`: that and `import backprop_gpu`, which imports its modules when they are asked
+    for; `use`: with those that a training needs; `help`: of --help.
+    """
 
     numpy: float
     package: float
+    use: float
     help: float
 
     @property
-    def over_numpy(self) -> float:
-        """Seconds that importing this package takes beyond NumPy's."""
-        return self.package - self.numpy
+    def over_numpy(self) -> tuple[float, float]:
+        """Seconds beyond NumPy's: of importing this package, and of what a training imports."""
+        return self.package - self.numpy, self.use - self.numpy
 
     def as_dict(self) -> dict[str, float]:
         """For JSON, in seconds."""
-        return {"import_numpy": self.numpy, "import_over_numpy": self.over_numpy, "help": self.help}
+        package, use = self.over_numpy
+        return {
+            "import_numpy": self.numpy, "import_over_numpy": package, "use_over_numpy": use, "help": self.help,
+        }  # fmt: skip
 
     def __str__(self) -> str:
+        package, use = (1e3 * seconds for seconds in self.over_numpy)
         return (
-            f"import     {1e3 * self.over_numpy:.0f} ms beyond the {1e3 * self.numpy:.0f} ms of Python with NumPy; "
-            f"--help in {1e3 * self.help:.0f} ms"
+            f"import     {package:.0f} ms beyond the {1e3 * self.numpy:.0f} ms of Python with NumPy, "
+            f"{use:.0f} ms with all that a training uses; --help in {1e3 * self.help:.0f} ms"
         )
 
 
 def startup(repetitions: int = 5) -> Startup:
-    """How long this package takes to start, in processes of its own, in turn; a first round warms the disk's cache."""
+    """How long this package takes to start, in processes of its own, in turn.
+
+    A first round warms the disk's cache, and writes bytecode where there is none.
+    """
     folder = str(Path(__file__).resolve().parent.parent)
     paths = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # what is installed is there as bytecode
     taken: dict[str, list[float]] = {name: [] for name in STARTS}
     for _ in range(repetitions + 1):
         for name, arguments in STARTS.items():
             start = time.perf_counter()
-            subprocess.run(
-                [sys.executable, *arguments], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, check=True
-            )
+            subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, check=True)
             taken[name].append(time.perf_counter() - start)
-    numpy, package, help_ = (statistics.median(taken[name][1:]) for name in STARTS)
-    return Startup(numpy, package, help_)
+    return Startup(*(statistics.median(taken[name][1:]) for name in STARTS))

@@ -21,7 +21,7 @@ import numpy as np
 from .activations import Array
 
 SMALL = 8_000_000  # multiply-adds of a product that one thread makes as fast as two (Zen 3, OpenBLAS 0.3.31)
-LONG = 50_000  # elements of a sum of vectors that two threads make faster than one
+LONG = 200_000  # elements of a sum of vectors that two threads make faster than one
 
 
 class Routines(NamedTuple):

@@ -27,13 +27,12 @@ import click
 import numpy as np
 
 from . import __version__, backend, checkpoint, datasets, report, specs, training
-from . import bench as benching
 from .activations import HIDDEN, OUTPUT
 from .batches import KINDS, check_seed
 from .costs import COSTS, MAKERS, REDUCTIONS
 from .errors import BackpropGPUError, ConfigError, DataError, lookup
 from .examples import EXAMPLES
-from .gradient_check import DIRECTIONS, EPS, TOLERANCE, check_everything, gradient_check, sample_problem
+from .gradient_checks import DIRECTIONS, EPS, TOLERANCE, check_everything, gradient_check, sample_problem
 from .initializers import INITIALIZERS
 from .network import PRECISIONS, Network
 from .optimizers import OPTIMIZERS, Optimizer, choose_optimizer
@@ -518,6 +517,8 @@ def example(name: str | None, seed: int, plot: Path | None, where: str, as_json:
 @as_json
 def bench(setup: Setup, seconds: float, taken_apart: bool, started: bool, as_json: bool) -> None:
     """Time training steps, and hold them against the least that they could take."""
+    from . import bench as benching
+
     backend.choose(setup.where)  # imports CuPy, where it is used
     imported, _ = benching.resident()
     rule, (train_set, test_set) = setup.rule(), datasets.load(setup.data)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import math
 import os
 import platform
@@ -13,8 +12,6 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import __version__
 from . import backend as backends
@@ -36,6 +33,10 @@ class ProgressBar:
     """A callback of `train` that shows steps, cost and accuracy on stderr if that is a terminal, else nothing."""
 
     def __init__(self) -> None:
+        # Takes a third of the time in which --help is there, which does without.
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         self._console = Console(stderr=True, color_system=None if os.environ.get("NO_COLOR") else "auto")
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
@@ -114,6 +115,8 @@ def _percent(what: str, share: float | None) -> str:
 
 def versions(cupy: Any = None) -> dict[str, str | None]:
     """Versions of what a run depends on, CUDA's as `cupy` tells them; None for what is not found."""
+    import importlib.metadata  # slow, as rich is
+
     found: dict[str, str | None] = {"backprop_gpu": __version__, "python": platform.python_version()}
     for name in ("numpy", "numba", "click", "rich", "safetensors"):
         try:

@@ -1,5 +1,6 @@
 """`doctor`: what it tells of a machine, and that it names every fault that can keep a GPU from being used."""
 
+import importlib.metadata
 import json
 import types
 
@@ -215,10 +216,10 @@ def test_doctor_never_raises(monkeypatch):
 def test_versions_of_what_is_not_installed_are_none(monkeypatch):
     def version(name):
         if name == "rich":
-            raise report.importlib.metadata.PackageNotFoundError(name)
+            raise importlib.metadata.PackageNotFoundError(name)
         return "1"
 
-    monkeypatch.setattr(report.importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "version", version)
     found = report.versions()
     assert (found["rich"], found["click"]) == (None, "1")
     assert np.isin(["nvrtc", "cuda_runtime", "cuda_driver"], list(found)).all()

@@ -9,6 +9,8 @@ import sys
 import venv
 from pathlib import Path
 
+import pytest
+
 import backprop_gpu as bp
 from backprop_gpu import cuda_source
 
@@ -27,14 +29,27 @@ def watch(event, args):
 import ctypes, numpy, gzip  # what numpy and the standard library do is theirs
 sys.addaudithook(watch)
 import backprop_gpu
-heavy = {"cupy", "numba", "click", "rich", "safetensors", "matplotlib", "sklearn"} & set(sys.modules)
-sys.exit(f"did {bad}, imported {heavy}" if bad or heavy else 0)
+eager = [name for name in sys.modules if name.startswith("backprop_gpu.")]
+for name in backprop_gpu.__all__:
+    getattr(backprop_gpu, name)
+heavy = {"cupy", "numba", "click", "rich", "safetensors", "matplotlib", "sklearn", "backprop_gpu.bench"}
+heavy &= set(sys.modules)
+sys.exit(f"did {bad}, imported {heavy} in the end and {eager} at once" if bad or heavy or eager else 0)
 """
 
 
-def test_import_touches_nothing():
+def test_importing_imports_modules_when_they_are_used_and_touches_nothing():
     done = subprocess.run([sys.executable, "-B", "-c", WATCH], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_public_names_are_there_in_any_order_and_no_others_are():
+    assert set(bp.__all__) < set(dir(bp))
+    assert (bp.schedules.__name__, bp.load.__name__) == ("backprop_gpu.schedules", "load_network")
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        _ = bp.trian
+    code = "import backprop_gpu.cli, backprop_gpu as bp; assert callable(bp.gradient_check) and callable(bp.train)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def imported(node):

@@ -14,7 +14,7 @@ import backprop_gpu as bp
 from backprop_gpu import numpy_ops
 from backprop_gpu.activations import HIDDEN, OUTPUT, Activation
 from backprop_gpu.costs import COSTS, Cost
-from backprop_gpu.gradient_check import check_everything, gradient_check, legal_pairs, sample_problem
+from backprop_gpu.gradient_checks import check_everything, gradient_check, legal_pairs, sample_problem
 from backprop_gpu.regularization import Regularization
 
 module = sys.modules[gradient_check.__module__]
