@@ -37,6 +37,9 @@ __all__ = [
     "resident", "startup", "timed",
 ]  # fmt: skip
 
+TURNS, REST = 10, 0.05  # on a CPU: of each program, and seconds before each
+TOGETHER, QUICK = 16, 500_000_000  # on a CPU: steps of a run at most, and the FLOP that are enough for one
+
 # ------------------------------------------------------------------------------------------------------ the report
 
 
@@ -179,20 +182,25 @@ def bench(
         ready, workspace, allocated, on_device = _warmed(net, X, T, rule, batch_size, cost, seed)
         stack.enter_context(ready)
         m, peak = ready.batch_size, resident()[1]
-        at_once = 1 if be.index is None else ready.steps  # graphs hold many
+        products = [product for product, _ in products_of(net.layers, m)]
+        flop = sum(p.flop for p in products)
+        # Graphs hold many steps, and a compiled function takes many.
+        at_once = ready.steps if be.index is not None else max(1, min(ready.steps, TOGETHER, QUICK // flop))
         programs = {"step": Program(lambda: ready.run(at_once), ready.wait, at_once)}
         least = None if net.precision in GPU_ONLY else stack.enter_context(Floor(net, m, rule))
         if least:
             programs |= floors.programs_of(least)
-        times = timed(programs, seconds)
+        if be.index is None:  # threads of OpenBLAS and OpenMP hold their cores for a while after work
+            times = timed(programs, seconds, seconds / TURNS, min(REST, seconds))
+        else:
+            times = timed(programs, seconds)
         executor = ready.executor.told
-    products = [product for product, _ in products_of(net.layers, m)]
     state = (3 + 2 * rule.slots) * net.theta.nbytes
     return Bench(
         layers=net.layers, batch_size=m, optimizer=repr(rule), cost=choose_cost(cost, net.output).name,
         precision=net.precision, backend=be.name, device=be.device, executor=executor,
         threads=blas.threads.now() if be.index is None else None, versions=_versions(be), step=times["step"],
-        floor=floors.times_of(least, times) if least else None, flop=sum(p.flop for p in products),
+        floor=floors.times_of(least, times) if least else None, flop=flop,
         bytes=state + sum(p.elements for p in products) * net.dtype.itemsize, workspace_bytes=workspace,
         allocated_bytes=allocated, device_allocations=on_device, peak_rss=peak,
     )  # fmt: skip

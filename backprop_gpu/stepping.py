@@ -181,16 +181,19 @@ class Times:
         return (max(self.seconds) - min(self.seconds)) / self.median
 
 
-def timed(programs: Mapping[str, Program], seconds: float = 2.0, least: float = LEAST) -> dict[str, Times]:
+def timed(
+    programs: Mapping[str, Program], seconds: float = 2.0, least: float = LEAST, rest: float = 0.0
+) -> dict[str, Times]:
     """Each program's times, in turn, until so many seconds have passed for each, REPETITIONS times at least.
 
-    A repetition runs a program as often as it takes to fill `least` seconds.
+    A repetition rests for `rest` seconds, then runs a program as often as it takes to fill `least` seconds.
     """
     often = {name: max(1, round(least / max(clocked(program, 2), 1e-9))) for name, program in programs.items()}
     taken: dict[str, list[float]] = {name: [] for name in programs}
-    end = time.perf_counter() + seconds * len(programs)
+    end = time.perf_counter() + seconds * (1 + rest / max(least, 1e-9)) * len(programs)
     while time.perf_counter() < end or min(map(len, taken.values())) < REPETITIONS:
         for name, program in programs.items():
+            time.sleep(rest)
             taken[name].append(clocked(program, often[name]) / program.steps)
     return {name: Times(tuple(times)) for name, times in taken.items()}
 
