@@ -17,7 +17,7 @@ from .optimizers import Optimizer
 from .recording import UnrecordableError
 from .streaming import greatest
 
-MOST = 16  # steps a call: Ctrl-C waits for them
+MOST, WORK = 64, 10**9  # steps a call, and multiply-adds that are enough for one: Ctrl-C waits for them
 
 
 class Compiled(Replay):
@@ -48,7 +48,7 @@ class Compiled(Replay):
     def run(self, i: int, most: int, watched: bool) -> int:
         """As `Eager.run`, as many as MOST steps."""
         m, count = self.ends[i + 1] - self.ends[i], 1
-        most = min(most, MOST)
+        most = min(most, MOST, max(1, WORK // (m * self.theta.size)))
         while count < most and self.ends[i + count + 1] - self.ends[i + count] == m:
             count += 1
         if self.diverged[0] == 0 and (done := self._steps(i, count, m)):
@@ -59,13 +59,11 @@ class Compiled(Replay):
         """Steps i, i + 1, ... of m samples; how many, up to one that is out of the ordinary."""
         first, last = self.ends[i], self.ends[i + count]
         kind, fixed, given = self._vectors
-        h = np.empty((count, len(fixed)), self.theta.dtype)
-        lrs = np.empty(count)
-        h[:] = fixed
+        rows = [self.rows[i + k] for k in range(count)]
+        lrs, coefficients = np.array([row.lr for row in rows]), [row.coefficients for row in rows]
+        h = np.tile(fixed, (count, 1))
         with np.errstate(all="ignore"):  # a number too large for theta's dtype makes a step that is not ordinary
-            for k in range(count):
-                _, lrs[k], c = self.rows[i + k]
-                h[k, 1 : 1 + len(c)] = c
+            h[:, 1 : 1 + len(coefficients[0])] = coefficients
         if m not in self._made:
             self._made[m] = self._arguments(m)
         return int(

@@ -244,7 +244,7 @@ class OurTraining(Training):
     """`bench.Stepping` over the cell's rows."""
 
     def __init__(self, cell: Cell, fast: bool) -> None:
-        self.cell, self.steps = cell, cell.chunk
+        self.cell, self.steps = cell, cell.scan  # `train` runs an epoch
         self.order = list(cell.order())
         self.net = checked(bp.Network(list(cell.layers), seed=0, backend="numpy"), fast)
         self.theta = np.array(self.net.theta)

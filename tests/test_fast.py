@@ -444,6 +444,25 @@ def test_divergence_is_found_where_numpy_finds_it(monkeypatch, parts, blobs):
         assert told[0] == told[1]
 
 
+@pytest.mark.parametrize(
+    "scales",
+    [(1e160, 1e-160, 1, 1), (1, 1e160, 1e-160, 1), (1, 1e-160, 1e160, 1)],
+    ids=["X", "A", "Delta"],
+)
+def test_a_gradient_without_a_norm_changes_nothing(monkeypatch, parts, blobs, scales):
+    """One factor of one dW is so large that only that dW can tell, which a compiled step uses at once."""
+    X, T = blobs
+    for fast in ("0", "1"):
+        monkeypatch.setenv("BACKPROP_GPU_FAST", fast)
+        net = bp.Network([6, 9, 5, 3], seed=1, backend="numpy", precision="float64")
+        for W, scale in zip(net.W[1:], scales[1:], strict=True):
+            W *= scale
+        before = net.theta.copy()
+        with pytest.raises(bp.DivergenceError, match="step 1,"):
+            bp.train(net, scales[0] * X, T, optimizer=SGD(0.1), epochs=1, batch_size=16)
+        np.testing.assert_array_equal(net.theta, before)
+
+
 @pytest.mark.parametrize("hidden", ["relu", "leaky_relu", "tanh", "sigmoid", "elu", "swish"])
 def test_gradients_are_right(monkeypatch, parts, blobs, hidden):
     nets = []
