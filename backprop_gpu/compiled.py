@@ -124,7 +124,7 @@ def _steps(
         of_A[0, 0, 0] = A[0].size * greatest * greatest
         for l in range(1, L):
             kernels.affine(cuts[l, 0], cuts[l, 1] > 0, W[l - 1], A[l - 1], b[l - 1], hidden[l], A[l], matrix, of_A[l])
-        kernels.affine(cuts[L, 0], cuts[L, 1] > 0, W[L - 1], A[L - 1], b[L - 1], 0, Z, matrix, of_A[L, :, :0])
+        kernels.affine(cuts[L, 0], cuts[L, 1] > 0, W[L - 1], A[L - 1], b[L - 1], hidden[L], Z, matrix, of_A[L])
         kernels.cross_entropy(passes[1], Z, T, part, vector, Delta[L - 1], C, sums[L], db[L - 1])
         of_Delta[L, 0, 0] = 2 * part * part * T.size  # of a row of softmax(Z) - T: 2 at most
         for l in range(L, 1, -1):

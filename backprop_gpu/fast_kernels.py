@@ -2,7 +2,7 @@
 
 A kernel `name(parts, ...)` runs `_name` on parts of rows, columns or elements, a thread each; with one part it starts
 no thread. Slices are taken before loops: LLVM makes vector code of them only so. What a call does without is an empty
-array: a kernel would be compiled anew for None.
+array: a kernel would be compiled anew for None, and its parts for a literal 0, which is `none` here.
 """
 
 from __future__ import annotations
@@ -198,9 +198,9 @@ def _gather(lo: int, hi: int, data: Any, rows: Any, scale: float, out: Any) -> N
 @_threaded()
 def gather(parts: int, data: Any, rows: Any, scale: float, out: Any) -> None:
     """out = data[rows] / scale."""
-    m = len(out)
+    m, none = len(out), 0 * parts
     if parts == 1:
-        _gather(0, m, data, rows, scale, out)
+        _gather(none, m, data, rows, scale, out)
     else:
         for p in prange(parts):
             _gather(m * p // parts, m * (p + 1) // parts, data, rows, scale, out)
@@ -235,15 +235,15 @@ def affine(parts: int, by_rows: bool, W: Any, A_below: Any, b: Any, f: int, Z: A
 
     norm2 (parts, 1): for ||A||^2 of each part, where A is in Z; (parts, 0): it is not wanted.
     """
-    m, n = Z.shape
+    (m, n), none = Z.shape, 0 * parts
     if parts == 1:
-        _affine(0, m, 0, n, W, A_below, b, f, Z, A, norm2[0])
+        _affine(none, m, none, n, W, A_below, b, f, Z, A, norm2[0])
     else:
         for p in prange(parts):
             if by_rows:
-                _affine(m * p // parts, m * (p + 1) // parts, 0, n, W, A_below, b, f, Z, A, norm2[p])
+                _affine(m * p // parts, m * (p + 1) // parts, none, n, W, A_below, b, f, Z, A, norm2[p])
             else:
-                _affine(0, m, n * p // parts, n * (p + 1) // parts, W, A_below, b, f, Z, A, norm2[p])
+                _affine(none, m, n * p // parts, n * (p + 1) // parts, W, A_below, b, f, Z, A, norm2[p])
 
 
 @_serial()
@@ -276,17 +276,17 @@ def hidden_delta(
 
     norm2: for ||out||^2 of each part, as in `affine`.
     """
-    m, n = out.shape
+    (m, n), none = out.shape, 0 * parts
     if parts == 1:
-        _hidden_delta(0, m, 0, n, W, Delta, A, f, mask, out, sums[0], norm2[0])
+        _hidden_delta(none, m, none, n, W, Delta, A, f, mask, out, sums[0], norm2[0])
     else:
         for p in prange(parts):
             if by_rows:
                 r0, r1 = m * p // parts, m * (p + 1) // parts
-                _hidden_delta(r0, r1, 0, n, W, Delta, A, f, mask, out, sums[p], norm2[p])
+                _hidden_delta(r0, r1, none, n, W, Delta, A, f, mask, out, sums[p], norm2[p])
             else:
                 c0, c1 = n * p // parts, n * (p + 1) // parts
-                _hidden_delta(0, m, c0, c1, W, Delta, A, f, mask, out, sums[0], norm2[p])
+                _hidden_delta(none, m, c0, c1, W, Delta, A, f, mask, out, sums[0], norm2[p])
     if db.size > 0:
         _copy(db, sums[0])
         if by_rows:
@@ -303,15 +303,15 @@ def _weight_gradient(r0: int, r1: int, c0: int, c1: int, Delta: Any, A_below: An
 @_threaded()
 def weight_gradient(parts: int, by_rows: bool, Delta: Any, A_below: Any, dW: Any) -> None:
     """dW = Delta A_below^T."""
-    n, k = dW.shape
+    (n, k), none = dW.shape, 0 * parts
     if parts == 1:
-        _weight_gradient(0, n, 0, k, Delta, A_below, dW)
+        _weight_gradient(none, n, none, k, Delta, A_below, dW)
     else:
         for p in prange(parts):
             if by_rows:
-                _weight_gradient(n * p // parts, n * (p + 1) // parts, 0, k, Delta, A_below, dW)
+                _weight_gradient(n * p // parts, n * (p + 1) // parts, none, k, Delta, A_below, dW)
             else:
-                _weight_gradient(0, n, k * p // parts, k * (p + 1) // parts, Delta, A_below, dW)
+                _weight_gradient(none, n, k * p // parts, k * (p + 1) // parts, Delta, A_below, dW)
 
 
 @_serial()
@@ -343,9 +343,9 @@ def _cross_entropy(lo: int, hi: int, Z: Any, T: Any, part: float, w: Any, Delta:
 @_threaded()
 def cross_entropy(parts: int, Z: Any, T: Any, part: float, w: Any, Delta: Any, C: Any, sums: Any, db: Any) -> None:
     """C; Delta = w (softmax(Z) - T), T labels; db = Delta 1. w empty: `part` instead. `sums`: (parts, K)."""
-    m = len(Z)
+    m, none = len(Z), 0 * parts
     if parts == 1:
-        _cross_entropy(0, m, Z, T, part, w, Delta, C, sums[0])
+        _cross_entropy(none, m, Z, T, part, w, Delta, C, sums[0])
     else:
         for p in prange(parts):
             _cross_entropy(m * p // parts, m * (p + 1) // parts, Z, T, part, w, Delta, C, sums[p])
@@ -388,9 +388,9 @@ def _squares(lo: int, hi: int, g: Any) -> float:
 @_threaded()
 def squares(parts: int, g: Any, sums: Any) -> None:
     """sums[0] = ||g||^2; `sums`: (parts,), float64."""
-    n = g.size
+    n, none = g.size, 0 * parts
     if parts == 1:
-        sums[0] = _squares(0, n, g)
+        sums[0] = _squares(none, n, g)
     else:
         for p in prange(parts):
             sums[p] = _squares(n * p // parts, n * (p + 1) // parts, g)
@@ -495,9 +495,9 @@ def _update(lo: int, hi: int, rule: int, theta: Any, g: Any, s0: Any, s1: Any, s
 @_threaded()
 def update(parts: int, rule: int, theta: Any, g: Any, s0: Any, s1: Any, s2: Any, h: Any) -> None:
     """One step of a rule, in place; slots that it has not are empty, h holds its numbers."""
-    n = theta.size
+    n, none = theta.size, 0 * parts
     if parts == 1:
-        _update(0, n, rule, theta, g, s0, s1, s2, h)
+        _update(none, n, rule, theta, g, s0, s1, s2, h)
     else:
         for p in prange(parts):
             _update(n * p // parts, n * (p + 1) // parts, rule, theta, g, s0, s1, s2, h)
