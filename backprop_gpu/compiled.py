@@ -17,7 +17,7 @@ from .optimizers import Optimizer
 from .recording import UnrecordableError
 from .streaming import greatest
 
-MOST, WORK = 64, 10**9  # steps a call, and multiply-adds that are enough for one: Ctrl-C waits for them
+MOST, WORK = 64, 10**9  # steps a call, and weights met by samples that are enough for one: Ctrl-C waits for them
 
 
 class Compiled(Replay):
@@ -46,7 +46,7 @@ class Compiled(Replay):
         self._greatest = 1.0 if samples.X.dtype == np.uint8 else greatest(samples.X)
 
     def run(self, i: int, most: int, watched: bool) -> int:
-        """As `Eager.run`, as many as MOST steps."""
+        """As `Eager.run`, as many as MOST steps, and less where they are long."""
         m, count = self.ends[i + 1] - self.ends[i], 1
         most = min(most, MOST, max(1, WORK // (m * self.theta.size)))
         while count < most and self.ends[i + count + 1] - self.ends[i + count] == m:
@@ -124,6 +124,7 @@ def _steps(
         of_A[0, 0, 0] = A[0].size * greatest * greatest
         for l in range(1, L):
             kernels.affine(cuts[l, 0], cuts[l, 1] > 0, W[l - 1], A[l - 1], b[l - 1], hidden[l], A[l], matrix, of_A[l])
+        # Nobody asks for of_A[L]; with other kinds of arguments the kernel would be compiled once more.
         kernels.affine(cuts[L, 0], cuts[L, 1] > 0, W[L - 1], A[L - 1], b[L - 1], hidden[L], Z, matrix, of_A[L])
         kernels.cross_entropy(passes[1], Z, T, part, vector, Delta[L - 1], C, sums[L], db[L - 1])
         of_Delta[L, 0, 0] = 2 * part * part * T.size  # of a row of softmax(Z) - T: 2 at most

@@ -16,7 +16,8 @@ compiling, and the first steps after the others' turn.
 Peers: NumPy as a tutorial writes it, scikit-learn's MLPClassifier.partial_fit, PyTorch eager and compiled, JAX with a
 call a step and with a scan over 64 steps (16 large ones). Each is tuned, per cell: data as uint8 (gathered, then
 divided) or as float32 already divided (before the clock), one thread or all, the foreach or the fused optimizer, XLA's
-options; the quickest setting is taken and told. This library is tuned over threads alone.
+options; the quickest setting is taken and told. This library is tuned over threads alone; it is handed as many steps
+as JAX's scan, for `train` hands its executor whole epochs, while peers that take a step a call are called for each.
 A row says whether numba compiled its operations (`fast`) or not (`numpy`), and is an error where that is not so.
 scikit-learn gathers by a shuffle of its own.
 

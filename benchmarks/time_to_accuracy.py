@@ -19,9 +19,9 @@ on; the others sleep meanwhile. All start from `bp.Network(LAYERS, seed=seed)` a
 `batches.epoch_plan`. A library whose parameters stray from a float64 reference's in 20 steps is rejected, not timed.
 
 Cold start is a row of its own: a fresh process, from its start to the goal; imports, compilation and reading MNIST's
-files count. numba finds what it compiled in an earlier process on disk, as with every run of a user's but the first.
-(All read the files and draw parameters and orders by this package's functions; importing those takes some
-hundredths of a second more than NumPy alone.)
+files count. numba finds on disk what it compiled in an earlier process, as in every run of a user's but the first. (All
+read the files and draw parameters and orders by this package's functions; importing those takes some hundredths of a
+second more than NumPy alone.)
 
 The recipe was chosen on 50 000 of the training images against the other 10 000, never on the test set: of nineteen (one
 or two hidden layers of 128 to 1024, batches of 125 to 512, 3 to 7 epochs) the quickest with which every seed tried

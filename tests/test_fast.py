@@ -17,7 +17,7 @@ from backprop_gpu import backend as backends
 from backprop_gpu.activations import HIDDEN, OUTPUT
 from backprop_gpu.costs import COSTS
 
-pytest.importorskip("numba", reason="numba is not installed")
+numba = pytest.importorskip("numba", reason="numba is not installed")
 if not blas.routines():
     pytest.skip("NumPy does not come with OpenBLAS here", allow_module_level=True)
 
@@ -209,6 +209,22 @@ def test_output_delta_of_what_no_kernel_makes(parts, rng, cost, smoothing):
             lambda ops, *out: ops.output_delta(cost, SOFTMAX, Z, targets, 0.5, *out),  # noqa: B023
             np.float64, (33, 10), (33,), (10,),
         )  # fmt: skip
+
+
+def test_exp(dtype):
+    """Of numbers that are not above 0, as the softmax takes it."""
+    exponentiate = fast_kernels._exponentiate
+
+    @numba.njit(error_model="numpy")
+    def run(d):
+        exponentiate(d)
+
+    x = np.concatenate([[0.0], -np.geomspace(1e-6, 86, 10_001), [-200.0, -np.inf, np.nan]]).astype(dtype)
+    got = x.copy()
+    run(got)
+    np.testing.assert_allclose(got[:-3], np.exp(x[:-3].astype(np.float64)), rtol=2 * np.finfo(dtype).eps)
+    assert (got[-3:-1] < 2e-38).all()
+    assert np.isnan(got[-1])
 
 
 @pytest.mark.parametrize("weighted", [False, True])
