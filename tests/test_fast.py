@@ -17,9 +17,11 @@ from backprop_gpu import backend as backends
 from backprop_gpu.activations import HIDDEN, OUTPUT
 from backprop_gpu.costs import COSTS
 
-numba = pytest.importorskip("numba", reason="numba is not installed")
+pytest.importorskip("numba", reason="numba is not installed")
 if not blas.routines():
     pytest.skip("NumPy does not come with OpenBLAS here", allow_module_level=True)
+
+import numba
 
 from backprop_gpu import fast_kernels, fast_ops
 
