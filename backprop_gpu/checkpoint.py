@@ -1,37 +1,130 @@
-"""Model files: one safetensors file with the parameters, its metadata with all that rebuilds the network.
+"""Checkpoints: one safetensors file with a network and, where it is in training, all that the run needs to go on.
 
 Tensors `layer.1.weight` (N_1, N_0), `layer.1.bias` (N_1,), ... in the network's dtype, readable by any safetensors
-tool; metadata `format`, `format_version`, `config` and `sha256` of each tensor (JSON). Files are written beside their
-target and moved into place, so that a reader finds the old file or the new one, whole.
+tool; metadata `format`, `format_version`, `config` and the `sha256` of each tensor (JSON). Of a run besides, see
+`RunState`: vectors in the layout of `net.theta`, among them the optimizer's slots; the history; metadata `run`,
+`progress`, `where` and `clock` (JSON). What the clock says is in the metadata alone: equal runs have equal tensors.
+
+A file is trusted in nothing before it is checked: header, settings, names, dtypes and shapes, then size, digests and
+numbers. It is never unpickled.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+import math
 import os
-import secrets
 import stat
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
+from . import files
 from .activations import OUTPUT, Activation
 from .backend import choose, to_host
+from .batches import steps_per_epoch
 from .costs import MAKERS, Cost, choose_cost
 from .errors import CheckpointError, ConfigError, lookup
 from .initializers import INITIALIZERS
-from .network import Network, natural_task, precision_on
+from .network import Network, Views, natural_task, precision_on
 
-FORMAT, VERSION = "backprop_gpu", "2"
+FORMAT, VERSION = "backprop_gpu", "3"
 MAX_HEADER = 1 << 20
-_SETTINGS = ("layers", "hidden", "output", "init", "bias", "precision", "seed", "dropout")
+MOST_WORDS = 200  # of what a file says, in an error
+SETTINGS = ("layers", "hidden", "output", "init", "bias", "precision", "seed", "dropout")  # of a network
 _ADDED_IN_2 = {"dropout": 0.0}
 _METADATA = {"format", "format_version", "config", "sha256"}
-_DTYPES = {"float32": "F32", "float64": "F64"}
+_OF_A_RUN = {"run", "progress", "where", "clock"}
+_DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64", "uint64": "U64"}
+_FOREIGN = {  # what a file begins with
+    b"\x80": "a pickle",
+    b"PK\x03\x04": "a zip archive, as PyTorch, Keras and NumPy write them",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+}
+_SUFFIXES = (".pt", ".pth", ".pkl", ".pickle", ".h5", ".hdf5", ".keras", ".ckpt", ".npz", ".npy", ".joblib", ".onnx")
+
+COLUMNS = ("train_cost", "train_accuracy", "validation_cost", "validation_accuracy", "lr", "steps", "gradient_norms")
+ENDS = ("epochs", "gradient", "still", "patience", "time", "callback")  # why a run is over
+_PROGRESS = {
+    "epochs", "epoch", "position", "step", "lr", "samples", "stopped", "best_epoch", "gradient_error", "retreats",
+    "slots", "vectors", "columns",
+}  # fmt: skip
+
+
+@dataclass
+class RunState:
+    """Where a run of `train` stands: all that another process needs to go on with it, bit for bit.
+
+    `settings`: what must not be another when it goes on, by name, in JSON's words; among them `samples`, `batch_size`,
+    `frozen` and `seed`. `epochs`: how many it shall be. `epoch`: how many are closed, and in the history; `position`:
+    steps done of the one after these; `step`: of the whole run; `lr`: of the last one. `samples`, `stopped`,
+    `best_epoch`, `gradient_error`, `retreats`: of the `History`.
+
+    `slots`: the optimizer's, each as long as what is trained, the end of theta. `vectors`, each as long as theta:
+    "best" (parameters so far, where patience asks for them), "last" (where the run is over, and the network has the
+    best), "start" (where the epoch under way began), and "start.1", ..., the slots there. `measured` (position, 2):
+    what the steps of the epoch under way were judged by. `columns`: of the history, `COLUMNS`, an entry an epoch.
+
+    `where`: backend, device, rung and versions, on which the last bits depend. `clock`: `seconds` of each epoch,
+    `under_way` of the one after these, `elapsed` in all.
+    """
+
+    settings: dict[str, Any]
+    epochs: int
+    epoch: int = 0
+    position: int = 0
+    step: int = 0
+    lr: float = 0.0
+    samples: int = 0
+    stopped: str | None = None
+    best_epoch: int | None = None
+    gradient_error: float | None = None
+    retreats: list[int] = field(default_factory=list)
+    slots: list[np.ndarray] = field(default_factory=list)
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)
+    measured: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    where: dict[str, Any] = field(default_factory=dict)
+    clock: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Of this run."""
+        return steps_per_epoch(self.settings["samples"], self.settings["batch_size"])
+
+    def finished(self, epochs: int) -> bool:
+        """Whether nothing is left to do for a run of so many epochs."""
+        return self.stopped is not None and (self.stopped != "epochs" or epochs == self.epochs)
+
+    def progress(self) -> dict[str, Any]:
+        """The metadata of that name."""
+        told = {key: getattr(self, key) for key in _PROGRESS - {"slots", "vectors", "columns"}}
+        return {
+            **told, "slots": len(self.slots), "vectors": sorted(self.vectors), "columns": sorted(self.columns),
+        }  # fmt: skip
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All of it that is arrays, by name. `random`: the key of the generator that draws the epoch under way."""
+        stream = min(self.epoch + 1, self.epochs)
+        return {
+            **{f"optimizer.{k}": slot for k, slot in enumerate(self.slots, 1)},
+            **{f"run.{name}": vector for name, vector in self.vectors.items()},
+            **{f"history.{name}": column for name, column in self.columns.items()},
+            "run.measured": self.measured,
+            "run.random": np.array([self.settings["seed"], stream], np.uint64),
+        }
+
+
+class Checkpoint(NamedTuple):
+    """A file's content: the network, and the run it is in, if it is in one."""
+
+    net: Network
+    run: RunState | None
 
 
 def save_network(net: Network, path: str | os.PathLike[str]) -> None:
@@ -40,28 +133,47 @@ def save_network(net: Network, path: str | os.PathLike[str]) -> None:
     A symbolic link is followed to its target. Refused are directories, devices, files that are no models of this
     library, and parameters that are not finite. Raises CheckpointError.
     """
+    write(net, path)
+
+
+def write(net: Network, path: str | os.PathLike[str], run: RunState | None = None) -> None:
+    """`save_network`, and the run that `net` is in."""
     from safetensors.numpy import save
 
     target = check_target(path)
-    tensors = {name: np.ascontiguousarray(to_host(p)) for name, p in _tensors(net).items()}
-    for name, p in tensors.items():
+    parameters = {name: np.ascontiguousarray(to_host(p)) for name, p in _tensors(net).items()}
+    for name, p in parameters.items():
         if not np.isfinite(p).all():
             raise CheckpointError(f"{path} is not written: {name} holds NaN or infinity", "train again, at a lower lr")
-    config = {**{name: getattr(net, name) for name in _SETTINGS}, "cost": net.cost, "task": net.task}
+    tensors = dict(parameters)
+    if run:
+        tensors |= {name: np.ascontiguousarray(a) for name, a in run.tensors().items()}
+    config = {**{name: getattr(net, name) for name in SETTINGS}, "cost": net.cost, "task": net.task}
     metadata = {
         "format": FORMAT,
         "format_version": VERSION,
         "config": json.dumps(config),
         "sha256": json.dumps({name: _sha256(p) for name, p in tensors.items()}),
     }
-    write_atomically(target, _in_order(save(tensors, metadata)))
+    if run:
+        parts = {"run": run.settings, "progress": run.progress(), "where": run.where, "clock": run.clock}
+        metadata |= {key: json.dumps(part, sort_keys=True, allow_nan=False) for key, part in parts.items()}
+    content = save(tensors, metadata)
+    length = int.from_bytes(content[:8], "little")
+    header = _in_order(content[8 : 8 + length])
+    if len(header) > MAX_HEADER:
+        raise CheckpointError(
+            f"{path} is not written: its header takes {len(header)} bytes, more than the {MAX_HEADER} that are read",
+            "save fewer layers, or a shorter history",
+        )
+    files.replace(target, [len(header).to_bytes(8, "little"), header, memoryview(content)[8 + length :]])
 
 
 Own = Sequence[Activation | Cost]
 
 
 def load_network(path: str | os.PathLike[str], backend: str = "auto", own: Own = ()) -> Network:
-    """The network in a model file. Public as `bp.load`.
+    """The network in a model file, or in a checkpoint of a run. Public as `bp.load`.
 
     `own`: the activations and costs of one's own that the network was built or trained with; the file has only their
     names.
@@ -69,6 +181,11 @@ def load_network(path: str | os.PathLike[str], backend: str = "auto", own: Own =
     Raises CheckpointError for a file that is missing, damaged, no model of this library, or of a later format version;
     ConfigError and BackendError as `backend.choose`.
     """
+    return read(path, backend, own).net
+
+
+def read(path: str | os.PathLike[str], backend: str = "auto", own: Own = ()) -> Checkpoint:
+    """As `load_network`, with the run that the network is in."""
     choose(backend)  # what is wrong with the backend is not the file's fault
     if not isinstance(own, (list, tuple)) or not all(type(f) in (Activation, Cost) for f in own):
         raise ConfigError(f"own is {own!r}", "give a list of activations and costs")
@@ -82,61 +199,172 @@ def load_network(path: str | os.PathLike[str], backend: str = "auto", own: Own =
             return _load(path, file, backend, own)
     except CheckpointError:
         raise
+    except MemoryError:
+        raise _bad(path, "does not fit into memory") from None
     except (OSError, ValueError) as e:  # ValueError: a null byte in the name
         reason, errno = getattr(e, "strerror", None) or e, getattr(e, "errno", None)
         raise CheckpointError(f"{path} cannot be read: {reason}", "check the path and its permissions", errno) from None
 
 
-def _load(path: Path, file: BinaryIO, backend: str, own: Own) -> Network:
+def _load(path: Path, file: BinaryIO, backend: str, own: Own) -> Checkpoint:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     size = os.fstat(file.fileno()).st_size
     head = _read_header(file, size)
     if head is None:
-        raise _bad(path, "is not a safetensors file, or is truncated (and nothing else is read: no pickle, .pt, .h5)")
+        file.seek(0)
+        _refuse_foreign_format(path, file.read(8))
     try:
-        header = json.loads(head[8:], object_pairs_hook=_no_duplicates)
+        header = _parsed(head[8:])
         metadata = header.pop("__metadata__")
         if metadata["format"] != FORMAT:
-            raise _bad(path, f"is a safetensors file, but of {metadata['format']!r}, not of {FORMAT}")
-        if metadata["format_version"] not in ("1", VERSION):
+            raise _bad(path, f"is a safetensors file, but of {_short(metadata['format'])}, not of {FORMAT}")
+        version = metadata["format_version"]
+        if version not in ("1", "2", VERSION):
             raise CheckpointError(
-                f"{path} has format version {metadata['format_version']!r}, this library reads up to {VERSION!r}",
+                f"{path} has format version {_short(version)}, this library reads up to {VERSION!r}",
                 "install a newer backprop_gpu",
             )
-        config = json.loads(metadata["config"], object_pairs_hook=_no_duplicates)
-        if metadata["format_version"] == "1":
+        config = _parsed(metadata["config"])
+        if version == "1":
             config = {**config, **_ADDED_IN_2}
-        digests = json.loads(metadata["sha256"], object_pairs_hook=_no_duplicates)
+        digests = _parsed(metadata["sha256"])
         shapes = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-        if set(config) != {*_SETTINGS, "cost", "task"} or set(metadata) != _METADATA or set(digests) != set(shapes):
+        in_training = version == VERSION and set(metadata) == _METADATA | _OF_A_RUN
+        if (
+            set(config) != {*SETTINGS, "cost", "task"}
+            or not (in_training or set(metadata) == _METADATA)
+            or set(digests) != set(shapes)
+        ):
             raise ValueError("it has more or fewer entries than it should")
         _refuse_lying_size(config["layers"], size)
         _refuse_unknown(path, config, own)
         net = _from_config(config, backend, own)
+        run = _run_of(net, *(_parsed(metadata[key]) for key in sorted(_OF_A_RUN))) if in_training else None
     except CheckpointError:
         raise
     except KeyError as e:
-        raise _bad(path, f"is not a model of {FORMAT}: it has no {e.args[0]!r}") from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as e:  # ConfigError is a ValueError
+        raise _bad(path, f"is not a model of {FORMAT}: it has no {_short(e.args[0])}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as e:  # ConfigError is a ValueError
         raise _bad(path, f"is not a model of {FORMAT}: {_first_line(e)}") from None
     tensors = _tensors(net)
     wanted = {name: (_DTYPES[net.dtype.name], p.shape) for name, p in tensors.items()}
+    wanted |= _tensors_of(net, run) if run else {}
     if shapes != wanted:
         odd = min(name for name, _ in shapes.items() ^ wanted.items())
-        raise _bad(path, f"does not hold the tensors that its settings call for: see {odd!r}")
+        raise _bad(path, f"does not hold the tensors that its settings call for: see {_short(odd)}")
+    announced = sum(math.prod(shape) * (4 if dtype == "F32" else 8) for dtype, shape in wanted.values())
+    if size != len(head) + announced:
+        raise _bad(path, f"is damaged: {size} bytes, and not {len(head) + announced}")
     try:
         values = load(head + file.read())
     except (SafetensorError, TypeError, ValueError) as e:
         raise _bad(path, f"is damaged: {_first_line(e)}") from None
-    for name, p in tensors.items():
-        if _sha256(values[name]) != digests[name]:
+    for name, value in values.items():
+        if _sha256(value) != digests[name]:
             raise _bad(path, f"is damaged: {name} is not what was saved")
-        if not np.isfinite(values[name]).all():
+        # Of steps that were taken, what a slot sums up may overflow, and what is measured beside them may be anything.
+        finite = ~np.isnan(value) if name.startswith("optimizer.") else np.isfinite(value)
+        if not (name.startswith("history.") or finite.all()):
             raise _bad(path, f"holds NaN or infinity in {name}")
+    for name, p in tensors.items():
         p[...] = net.backend.asarray(values[name])
-    return net
+    if run:
+        _fill(path, run, values)
+    return Checkpoint(net, run)
+
+
+def _run_of(net: Network, clock: Any, progress: Any, settings: Any, where: Any) -> RunState:
+    """The run that the metadata describe, its arrays still missing; KeyError, TypeError, ValueError where none."""
+    if set(progress) != _PROGRESS:
+        raise ValueError("the run's progress has more or fewer entries than it should")
+    run = RunState(settings, **{key: progress[key] for key in _PROGRESS - {"slots", "vectors", "columns"}})
+    run.clock, run.where = clock, where
+    for key, low, high in (
+        ("samples", 1, 2**53), ("batch_size", 1, settings["samples"]), ("frozen", 0, net.L - 1), ("seed", 0, 2**64 - 1),
+    ):  # fmt: skip
+        _whole(key, settings[key], low, high)
+    steps = run.steps_per_epoch
+    _whole("epochs", run.epochs, 1, 2**53)
+    _whole("epoch", run.epoch, 0, run.epochs)
+    _whole("position", run.position, 0, 0 if run.epoch == run.epochs or run.stopped else steps)
+    at = run.epoch * steps + run.position
+    _whole("step", run.step, 1 if run.stopped == "time" else at, at)
+    _whole("samples", run.samples, 0, run.epochs * settings["samples"])
+    _whole("slots", progress["slots"], 0, 9)
+    if not (run.stopped is None or run.stopped in ENDS):
+        raise ValueError(f"the run ended by {_short(run.stopped)}")
+    if (run.stopped is None) == (run.epoch == run.epochs) and run.stopped in (None, "epochs"):
+        raise ValueError(f"the run is over by {run.stopped} after {run.epoch} of {run.epochs} epochs")
+    if run.best_epoch is not None:
+        _whole("best_epoch", run.best_epoch, 1, run.epoch)
+    for step in run.retreats:
+        _whole("retreats", step, 1, run.epochs * steps)
+    numbers = [run.lr, clock["under_way"], clock["elapsed"], *clock["seconds"]]
+    numbers += [] if run.gradient_error is None else [run.gradient_error]
+    if not all(type(x) in (int, float) and 0 <= x < math.inf for x in numbers):
+        raise ValueError("the run's lr or clock is no number from 0")
+    if len(clock["seconds"]) not in (1, run.epoch) or type(where) is not dict:
+        raise ValueError("the run's clock does not fit its epochs")
+    run.slots = [np.zeros(0)] * progress["slots"]
+    run.vectors = dict.fromkeys(progress["vectors"], np.zeros(0))
+    run.columns = dict.fromkeys(progress["columns"], np.zeros(0))
+    starts = {"start", *(f"start.{k}" for k in range(1, len(run.slots) + 1))}
+    if not (run.vectors.keys() <= {"best", "last", *starts} and run.columns.keys() <= set(COLUMNS)):
+        raise ValueError("the run has vectors or columns that nobody knows")
+    if not {"train_cost", "lr", "steps"} <= run.columns.keys():
+        raise ValueError("the run's history lacks a column")
+    return run
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"the run's {name} is {_short(value)}, not from {low} to {high}")
+
+
+def _tensors_of(net: Network, run: RunState) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each tensor of a run."""
+    dtype, size = _DTYPES[net.dtype.name], net.theta.size
+    trained = size - before_trained(net, run.settings["frozen"])
+    columns: dict[str, tuple[str, tuple[int, ...]]] = dict.fromkeys(run.columns, ("F64", (run.epoch,)))
+    if "gradient_norms" in columns:
+        columns["gradient_norms"] = "F64", (run.epoch, net.L)
+    columns["steps"] = "I64", (run.epoch,)
+    return {
+        **{f"optimizer.{k}": (dtype, (trained,)) for k in range(1, len(run.slots) + 1)},
+        **{f"run.{name}": (dtype, (trained if name.startswith("start.") else size,)) for name in run.vectors},
+        **{f"history.{name}": column for name, column in columns.items()},
+        "run.measured": ("F64", (run.position, 2)),
+        "run.random": ("U64", (2,)),
+    }
+
+
+def before_trained(net: Network, frozen: int) -> int:
+    """How many elements of theta come before those that are trained: frozen layers come first."""
+    return Views.size(net.layers[: frozen + 1], net.biased[:frozen], net.dtype)
+
+
+def _fill(path: Path, run: RunState, values: dict[str, np.ndarray]) -> None:
+    """Give the run its arrays."""
+    run.slots = [values[f"optimizer.{k}"] for k in range(1, len(run.slots) + 1)]
+    run.vectors = {name: values[f"run.{name}"] for name in run.vectors}
+    run.columns = {name: values[f"history.{name}"] for name in run.columns}
+    run.measured = values["run.measured"]
+    if values["run.random"].tolist() != run.tensors()["run.random"].tolist():
+        raise _bad(path, "is damaged: its generator is not the one of its seed and epoch")
+
+
+def _refuse_foreign_format(path: Path, start: bytes) -> NoReturn:
+    kind = next((words for magic, words in _FOREIGN.items() if start.startswith(magic)), None)
+    if kind is None and path.suffix.lower() in _SUFFIXES:
+        kind = f"a {path.suffix} file by its name"
+    if kind:
+        raise CheckpointError(
+            f"{path} is {kind}: backprop_gpu never unpickles, and reads models from safetensors files alone",
+            "give a file that backprop_gpu saved",
+        )
+    raise _bad(path, "is not a safetensors file, or is truncated")
 
 
 def _read_header(file: BinaryIO, size: int) -> bytes | None:
@@ -151,7 +379,7 @@ def _read_header(file: BinaryIO, size: int) -> bytes | None:
 
 def _from_config(config: dict[str, Any], backend: str, own: Own) -> Network:
     """The network that a file's settings describe, theta still zero; ConfigError, TypeError, ValueError where none."""
-    settings = {name: config[name] for name in _SETTINGS}
+    settings = {name: config[name] for name in SETTINGS}
     if not all(type(bias) is bool for bias in _listed(settings["bias"])):
         raise ValueError(f"bias {settings['bias']!r}")
     for name in _listed(settings["init"]):
@@ -179,13 +407,22 @@ def _refuse_unknown(path: Path, config: dict[str, Any], own: Own) -> None:
     for name in (*_listed(config["hidden"]), config["output"], str(config["cost"]).partition(":")[0]):
         if isinstance(name, str) and name.isidentifier() and name not in known:
             raise CheckpointError(
-                f"{path} uses {name!r}, an activation or a cost of somebody's own",
+                f"{path} uses {_short(name)}, an activation or a cost of somebody's own",
                 "load it in Python: bp.load(path, own=[...]), with that function in the list",
             )
 
 
 def _listed(setting: Any) -> list[Any]:
     return setting if isinstance(setting, list) else [setting]
+
+
+def _parsed(text: str | bytes) -> Any:
+    """JSON, without an entry that stands there twice, and without NaN."""
+    return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON's")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -198,12 +435,10 @@ def _sha256(p: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(p).data).hexdigest()
 
 
-def _in_order(content: bytes) -> bytes:
-    """The same file, its header sorted: the library's order is random, and equal networks shall give equal files."""
-    length = int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + content[8 + length :]
+def _in_order(header: bytes) -> bytes:
+    """The same header, sorted: the library's order is random, and equal networks shall give equal files."""
+    ordered = json.dumps(json.loads(header), sort_keys=True, separators=(",", ":")).encode()
+    return ordered + b" " * (-len(ordered) % 8)
 
 
 def _refuse_lying_size(layers: Any, size: int) -> None:
@@ -223,63 +458,20 @@ def _tensors(net: Network) -> dict[str, Any]:
 
 def check_target(path: str | os.PathLike[str]) -> Path:
     """Where a file named `path` would really be written; CheckpointError where it could or should not be."""
+    target = files.resolve(path)
     try:
-        target = Path(os.path.realpath(path))
-        if target.is_symlink():
-            raise CheckpointError(f"{path} is a symbolic link that leads to itself", "name another file")
-        if not target.parent.is_dir():
-            raise CheckpointError(f"{path}: there is no directory {target.parent}", "make the directory first")
-        if not os.access(target.parent, os.W_OK):
-            raise CheckpointError(f"{path}: {target.parent} is not writable", "save to another directory")
-        if target.exists():
-            _refuse_foreign(path, target)
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, TypeError) as e:
-        reason, errno = getattr(e, "strerror", None) or e, getattr(e, "errno", None)
-        raise CheckpointError(f"{path} cannot be written: {reason}", "name another file", errno) from None
-    return target
-
-
-def _refuse_foreign(path: str | os.PathLike[str], target: Path) -> None:
-    """Only a model of this library, or an empty file, is written over."""
-    if not target.is_file():
-        raise CheckpointError(f"{path} is not a regular file", "name a file to save to")
-    size = target.stat().st_size
-    with target.open("rb") as file:
-        head = _read_header(file, size)
+        size = target.stat().st_size
+        with target.open("rb") as file:
+            head = _read_header(file, size)
+    except FileNotFoundError:
+        return target
+    except OSError as e:
+        raise CheckpointError(f"{path} cannot be read: {e.strerror}", "name another file", e.errno) from None
     if size and (head is None or f'"format":"{FORMAT}"'.encode() not in head.replace(b" ", b"")):
         raise CheckpointError(
             f"{path} exists and is no model of {FORMAT}", "name another file, or remove that one first"
         )
-
-
-def write_atomically(target: Path, content: bytes) -> None:
-    """Replace `target` by `content` so that after a crash at any moment the old or the new file is there, whole."""
-    temporary = target.with_name(f".backprop_gpu-{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-        if os.name == "posix":
-            folder = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as e:
-        raise CheckpointError(
-            f"{target} cannot be written: {e.strerror or e}",
-            "free some space or save elsewhere; an older file is untouched",
-            e.errno,
-        ) from None
+    return target
 
 
 def _bad(path: Path, what: str) -> CheckpointError:
@@ -287,4 +479,10 @@ def _bad(path: Path, what: str) -> CheckpointError:
 
 
 def _first_line(e: Exception) -> str:
-    return (str(e).splitlines() or [type(e).__name__])[0]
+    return (str(e).splitlines() or [type(e).__name__])[0][:MOST_WORDS]
+
+
+def _short(value: Any) -> str:
+    """What a file says, in an error's words."""
+    text = repr(value)
+    return text if len(text) <= MOST_WORDS else f"{text[:MOST_WORDS]}..."

@@ -50,12 +50,14 @@ class CheckpointError(BackpropGPUError, OSError):
 class DivergenceError(BackpropGPUError, ArithmeticError):
     """Training left the finite numbers. The network holds the parameters from before that step.
 
-    Attributes: `epoch` and `step` (both counted from 1; `step` over the whole run), `learning_rate` of that step.
+    Attributes: `epoch` and `step` (both counted from 1; `step` over the whole run), `learning_rate` of that step, and
+    `cost`, the mean cost of the step before it; None where it is the first.
     """
 
-    def __init__(self, epoch: int, step: int, learning_rate: float) -> None:
+    def __init__(self, epoch: int, step: int, learning_rate: float, cost: float | None = None) -> None:
+        before = "" if cost is None else f" (cost before it {cost:g})"
         super().__init__(
-            f"training diverged in epoch {epoch}, step {step}, learning rate {learning_rate:g}: "
+            f"training diverged in epoch {epoch}, step {step}, learning rate {learning_rate:g}{before}: "
             "the cost, its gradient's squared norm or the step's outcome is not finite",
             "lower the learning rate (a third of it is a good next try), scale the inputs to about -1..1, "
             "or use the initialiser meant for the activation",
@@ -63,9 +65,10 @@ class DivergenceError(BackpropGPUError, ArithmeticError):
         self.epoch = epoch
         self.step = step
         self.learning_rate = learning_rate
+        self.cost = cost
 
-    def __reduce__(self) -> tuple[type[DivergenceError], tuple[int, int, float]]:
-        return type(self), (self.epoch, self.step, self.learning_rate)
+    def __reduce__(self) -> tuple[type[DivergenceError], tuple[int, int, float, float | None]]:
+        return type(self), (self.epoch, self.step, self.learning_rate, self.cost)
 
 
 def lookup(what: str, name: object, table: Mapping[str, V]) -> V:

@@ -113,10 +113,11 @@ class Eager:
         """1 at the weights of theta, where penalties want to know."""
         return self.problem.net.weight_mask()[self._start :] if self.problem.regularization else None
 
-    def begin(self, order: np.ndarray, ends: Sequence[int], lrs: Sequence[float], t: int) -> None:
+    def begin(self, order: np.ndarray, ends: Sequence[int], lrs: Sequence[float], t: int, i: int = 0) -> None:
         """Before an epoch: its samples in order, where its batches begin and end, the learning rate of each step.
 
-        t is the first step's (from 1). All that an epoch takes to the device.
+        t is the first step's (from 1), i the step of the epoch (from 0) with which it goes on. All that an epoch takes
+        to the device.
         """
         be = self.problem.net.backend
         self.rows = be.ops.step_rows(self.rule, lrs, t)
@@ -417,7 +418,7 @@ class Graph(Eager):
             return cublaslt.hidden_delta(library, a, b, out, **how)
         return cublaslt.weight_gradient(library, a, b, out, vector, wanted.alpha, **how)
 
-    def begin(self, order: np.ndarray, ends: Sequence[int], lrs: Sequence[float], t: int) -> None:
+    def begin(self, order: np.ndarray, ends: Sequence[int], lrs: Sequence[float], t: int, i: int = 0) -> None:
         """As `Eager.begin`, into buffers that stay where they are."""
         if self.feed:
             self.feed.begin(order, ends)
@@ -425,9 +426,9 @@ class Graph(Eager):
             self.order = self._order[: len(order)]
             if not (self._next and self._next.put(order, self.order)):
                 self.order.set(order)
-        self.rows, self.ends, self.t, self._done, self._put_off = self._rows, ends, t, 0, 0
+        self.rows, self.ends, self.t, self._done, self._put_off = self._rows, ends, t, i, 0
         self._rows[: len(lrs)].set(self.ops.host_rows(self.rule, lrs, t))
-        self._go_on_from(0)
+        self._go_on_from(i)
         decays = max(lrs) * self.rule.weight_decay < 1
         self._ordinary = max(lrs) <= plans.MOST_LR and decays and self.failed is None
 

@@ -206,7 +206,9 @@ def _numeric(what: str, a: Any) -> Array:
     """`a` as an array of booleans, integers or floats, still in its own dtype."""
     if np.ma.is_masked(a):
         raise DataError(f"{what} has masked values", "fill them in, .filled(...), or remove those samples")
-    if not is_cupy(a):
+    if is_cupy(a):
+        a = array_module(a).asarray(a)  # from another GPU to the current one
+    else:
         try:
             a = np.asarray(a)
         except Exception as e:  # whatever somebody's __array__ raises

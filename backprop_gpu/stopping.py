@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from .errors import ConfigError
@@ -35,16 +36,21 @@ class Ending:
         self.patience = None if patience is None else positive("patience", patience)
         self.gradient_tolerance = _limit("gradient_tolerance", gradient_tolerance)
         self.parameter_tolerance = _limit("parameter_tolerance", parameter_tolerance)
-        seconds = _limit("time_limit", time_limit, low_open=True)
-        self._deadline = None if seconds is None else time.perf_counter() + seconds
-        self._before: Any = None
-        self._best: Any = None
+        self.time_limit = _limit("time_limit", time_limit, low_open=True)
+        self.best: Any = None  # the parameters of the best epoch so far
         self._best_cost, self._best_epoch, self._last_epoch = math.inf, 0, 0
+        self.start(0.0)
 
-    def begin_epoch(self) -> None:
-        """Keep the parameters that the epoch starts from, if they will be asked for."""
-        if self.parameter_tolerance is not None:
-            self._before = self.net.theta.copy()
+    def start(self, elapsed: float) -> None:
+        """The run begins, or goes on after so many seconds of it."""
+        self._deadline = None if self.time_limit is None else time.perf_counter() + self.time_limit - elapsed
+
+    def go_on(self, costs: Sequence[float | None], best: Any) -> None:
+        """Epochs of these validation costs were; `best`: the parameters of the best of them."""
+        self._last_epoch = len(costs)
+        for epoch, cost in enumerate(costs, 1):
+            if cost is not None and cost < self._best_cost:
+                self._best_cost, self._best_epoch, self.best = cost, epoch, best
 
     def late(self) -> bool:
         """Whether the time is over."""
@@ -57,35 +63,32 @@ class Ending:
         gradient_norm: float | None,
         cost: float | None,
         late: bool,
-        moving: bool,
+        moved: float | None,
     ) -> str:
         """Why the run ends after this epoch; empty where it goes on.
 
-        `cost`: of validation, after the epoch. `moving`: whether any learning rate in the epoch was above 0; where none
-        was, to stand still means nothing.
+        `cost`: of validation, after the epoch. `moved`: how far a parameter has moved in it at most; None where no
+        learning rate in the epoch was above 0, for to stand still means nothing then.
         """
         self._last_epoch = epoch
         if self.patience is not None and cost is not None and cost < self._best_cost:
-            self._best_cost, self._best_epoch, self._best = cost, epoch, self.net.theta.copy()
+            self._best_cost, self._best_epoch, self.best = cost, epoch, self.net.theta.copy()
         if callback:
             return "callback"
         if self.gradient_tolerance is not None and (gradient_norm or 0.0) <= self.gradient_tolerance:
             return "gradient"
-        if moving and self.parameter_tolerance is not None and self._moved() <= self.parameter_tolerance:
+        if moved is not None and self.parameter_tolerance is not None and moved <= self.parameter_tolerance:
             return "still"
         if self.patience is not None and epoch - self._best_epoch >= self.patience:
             return "patience"
         return "time" if late else ""
-
-    def _moved(self) -> float:
-        return float(abs(self.net.theta - self._before).max())
 
     def restore(self) -> int | None:
         """Give the network the parameters of the best epoch, and say which it was; None without patience."""
         if not self._best_epoch:
             return None
         if self._best_epoch != self._last_epoch:
-            self.net.theta[...] = self._best
+            self.net.theta[...] = self.best
         return self._best_epoch
 
 
@@ -100,6 +103,17 @@ def positive(name: str, value: Any) -> int:
             f"{name} is {value!r}",
             'give an integer, 1 or more, or "full"' if name == "batch_size" else "give an integer, 1 or more",
         )
+    return count
+
+
+def natural(name: str, value: Any) -> int:
+    """An integer from 0, or ConfigError."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = -1
+    if count < 0:
+        raise ConfigError(f"{name} is {value!r}", "give an integer, 0 or more")
     return count
 
 

@@ -1,0 +1,426 @@
+"""The loop over epochs and steps, once all settings are checked: what a run does, keeps and tells."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .activations import Array
+from .backend import to_host
+from .batches import epoch_plan
+from .checkpoint import COLUMNS, Checkpoint, RunState
+from .costs import Cost
+from .errors import BackendError, CheckpointError, ConfigError, DivergenceError
+from .executors import Eager, Problem
+from .history import History, Hook, Run, call
+from .inputs import Samples
+from .interrupts import WholeSteps
+from .network import CHUNK_ROWS, Batch, Views, backward, forward
+from .optimizers import Optimizer
+from .regularization import Regularization
+from .resume import Checkpoints, whereabouts
+from .schedules import Schedule, during
+from .stopping import Ending
+from .tally import Tally, tally_for
+
+STILL = 1e-6  # of the cost: a smaller change is none
+MOST_SECONDS = 100_000  # epochs whose seconds a file tells one by one
+
+
+@dataclass
+class Loop:
+    """A run of `train`. `problem`, `rule`, `executor`: what is minimised, by which rule, and what takes the steps.
+
+    `learned`: the cost and task that the network has from the first step on. `on_step`, `on_epoch`: callbacks;
+    `each_step`: whether one wants to see every step, `one_by_one`: whether each is looked after.
+    """
+
+    run: Run
+    problem: Problem
+    rule: Optimizer
+    factor: Schedule
+    executor: Eager
+    ending: Ending
+    stack: ExitStack
+    whole_steps: WholeSteps
+    batches: str
+    batch_size: int
+    seed: int
+    learned: tuple[Cost, str]
+    held_out: Samples | None
+    weights: np.ndarray | None  # of the samples, on the host
+    on_step: list[Hook]
+    on_epoch: list[Hook]
+    each_step: bool
+    one_by_one: bool
+    gradient_norms: bool
+    gradient_error: bool
+    retreats: int
+    checkpoints: Checkpoints | None
+    settings: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self._began = time.perf_counter()  # less, by what went before the run was resumed
+        net = self.run.net
+        self._closed, self._position = 0, 0  # epochs that are over; steps of the one under way
+        self._samples = 0  # that the closed ones have seen
+        self._under_way = 0.0  # seconds of the epoch under way, from before the run was resumed
+        self._start: dict[str, Array] = {}  # of the epoch under way
+        self._last: Array | None = None  # parameters, where the network has better ones
+        self._before = net.criterion, net.task
+        self._saving = False
+        self._tally: Tally | None = None
+        self._next: tuple[np.ndarray, np.ndarray] | None = None
+
+    # --------------------------------------------------------------------------------------------- the run
+
+    def go(self) -> None:
+        """Train until the run ends. Whatever stops it, the last whole step is in the file, if there is to be one."""
+        run = self.run
+        try:
+            while not run.history.stopped:
+                self._epoch()
+            if self.ending.patience is not None:
+                self._last = run.net.theta.copy()
+            run.history.best_epoch = self.ending.restore()
+            self._save(last=True)
+        except BaseException as e:
+            self._save_after(e)
+            raise
+
+    def _epoch(self) -> None:
+        """Take the steps of the epoch that are left, and close it; or go back to its start."""
+        run, history, executor = self.run, self.run.history, self.executor
+        steps, run.epoch = run.steps_per_epoch, self._closed + 1
+        start = time.perf_counter() - self._under_way
+        order, whole_ends = self._next or self._plan(run.epoch)
+        self._next, ends = None, whole_ends.tolist()
+        watched: Any = history.train_cost if self.held_out is None else history.validation_cost
+        scheduled, halves = during(self.factor, watched), 0.5 ** len(history.retreats)
+        first, total = self._closed * steps, run.epochs * steps
+        lrs = [lr_of(self.rule.lr * halves, scheduled, step, total) for step in range(first, first + steps)]
+        if not self._position:
+            self._keep_start()
+        if self.gradient_error and not run.step:
+            history.gradient_error = executor.gradient_error(order, ends)
+        executor.begin(order, ends, lrs, first + 1, self._position)
+        try:
+            late = self._steps(lrs, start)
+            if run.epoch < run.epochs and not late:  # while a GPU is at work
+                self._next = self._plan(run.epoch + 1)
+                executor.ahead(self._next[0])
+            self._settle(lrs)
+        except DivergenceError as e:
+            self._retreat(e)
+            return
+        self._close(order, ends, lrs, start, late)
+
+    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        return epoch_plan(self.batches, len(self.problem.samples), self.batch_size, self.seed, epoch)
+
+    def _keep_start(self) -> None:
+        if self.ending.parameter_tolerance is not None or self.retreats:
+            self._start = {"start": self.run.net.theta.copy()}
+        if self.retreats:
+            self._start |= {f"start.{k}": slot.copy() for k, slot in enumerate(self.executor.slots, 1)}
+
+    def _steps(self, lrs: Sequence[float], start: float) -> bool:
+        """The steps that the epoch still has; True where the time was over before them."""
+        run, steps, checkpoints = self.run, self.run.steps_per_epoch, self.checkpoints
+        while self._position < steps:
+            run.whole = False
+            most = 1 if self.one_by_one else steps - self._position
+            if checkpoints:
+                most = min(most, checkpoints.until(run.step) or most)
+            taken = self.executor.run(self._position, most, self.each_step)
+            if taken:
+                self._position, run.step = self._position + taken, run.step + taken
+                run.lr = lrs[self._position - 1]
+                run.net.criterion, run.net.task = self.learned
+            run.whole = True
+            if not taken:
+                break
+            for hook in self.on_step:
+                call(hook, run)
+            due = checkpoints is not None and checkpoints.due(run.step)
+            if due or self.whole_steps.waiting:
+                self._under_way = time.perf_counter() - start
+                self._settle(lrs)
+            if due:
+                self._save()
+            self.whole_steps.deliver()
+            if self.ending.late():
+                return True
+        return False
+
+    def _settle(self, lrs: Sequence[float]) -> None:
+        """Wait for the steps so far; DivergenceError where one of them left the finite numbers."""
+        run, executor, history = self.run, self.executor, self.run.history
+        executor.finish()
+        history.executor = executor.told
+        diverged = int(executor.diverged[0])  # the host waits for the device here
+        if diverged:
+            if diverged == 1:  # on a GPU the host hears of it here
+                run.net.criterion, run.net.task = self._before
+            run.step, self._position = diverged - 1, (diverged - 1) % run.steps_per_epoch
+            lr = lrs[self._position]
+            run.lr = lrs[self._position - 1] if self._position else run.lr
+            raise DivergenceError(run.epoch, diverged, lr, self._cost_before())
+
+    def _cost_before(self) -> float | None:
+        """Of the last step that was taken, or the last epoch, the mean cost; None before the first step."""
+        if not self._position:
+            return self.run.history.train_cost[-1] if self._closed else None
+        order, ends = self._plan(self.run.epoch)
+        i = self._position - 1
+        rows = order[ends[i] : ends[i + 1]]
+        return float(self.executor.measured[i, 0]) / whole(self.weights, rows, self.problem.reduction)
+
+    def _retreat(self, e: DivergenceError) -> None:
+        """Go back to where the epoch began, with half the learning rate, or raise e."""
+        run, history = self.run, self.run.history
+        if len(history.retreats) >= self.retreats:
+            raise e
+        history.retreats.append(e.step)
+        run.net.theta[...] = self._start["start"]
+        for k, slot in enumerate(self.executor.slots, 1):
+            slot[...] = self._start[f"start.{k}"]
+        self.executor.diverged[...] = 0
+        run.step, self._position, self._under_way, self._next = self._closed * run.steps_per_epoch, 0, 0.0, None
+        warnings.warn(
+            f"{e.cause}; back to the start of epoch {run.epoch} with half the learning rate "
+            f"({len(history.retreats)} of {self.retreats} times)",
+            stacklevel=2,
+        )
+
+    def _close(self, order: np.ndarray, ends: list[int], lrs: Sequence[float], start: float, late: bool) -> None:
+        """What is to be done and told after the steps of an epoch."""
+        run, history, executor, problem = self.run, self.run.history, self.executor, self.problem
+        done, seen = self._position, order[: ends[self._position]]
+        cost_sum, right = to_host(executor.measured)[:done].sum(axis=0)
+        self._under_way = time.perf_counter() - start
+        history.seconds.append(self._under_way)
+        history.epoch.append(run.epoch)
+        history.train_cost.append(float(cost_sum) / whole(self.weights, seen, problem.reduction))
+        history.train_accuracy.append(None if problem.samples.task == "regression" else float(right) / len(seen))
+        after = None
+        if self.held_out is not None:
+            if self._tally is None:
+                made = tally_for(executor, self.held_out, self.learned[0])
+                self._tally = self.stack.enter_context(closing(made))
+            after = evaluation(self._tally, problem.reduction)
+        history.validation_cost.append(after.cost if after else None)
+        history.validation_accuracy.append(after.accuracy if after else None)
+        history.lr.append(run.lr)
+        history.steps.append(run.step)
+        history.samples += len(seen)
+        norms = None
+        if self.gradient_norms or self.ending.gradient_tolerance is not None:
+            everything = np.arange(len(problem.samples))
+            norms = _gradient_norms(problem, whole(self.weights, everything, problem.reduction))
+        history.gradient_norms.append(norms.layers if norms and self.gradient_norms else None)
+        for hook in self.on_epoch:
+            call(hook, run)
+        moved = None
+        if self.ending.parameter_tolerance is not None and max(lrs[:done]) > 0:
+            moved = float(abs(run.net.theta - self._start["start"]).max())
+        reason = self.ending.reason(run.epoch, run.stop, norms and norms.whole, after and after.cost, late, moved)
+        history.stopped = reason or ("epochs" if run.epoch == run.epochs else None)
+        self._closed, self._position, self._under_way, self._samples = run.epoch, 0, 0.0, history.samples
+        self._warn_of_no_progress()
+        if not history.stopped:
+            if self.checkpoints and self.checkpoints.due_after_epoch(run.epoch):
+                self._save()
+            self.whole_steps.deliver()
+
+    def _warn_of_no_progress(self) -> None:
+        """Once, where the second epoch costs what the first one did."""
+        costs, moving = self.run.history.train_cost, self.run.history.lr[0] > 0
+        if self._closed == 2 and moving and abs(costs[1] - costs[0]) < STILL * costs[0]:
+            warnings.warn(
+                f"no progress: the training cost was {costs[0]:.6g} in each of the first two epochs; take a larger lr, "
+                "or another initialiser or activation (units that are 0 for every sample learn nothing)",
+                stacklevel=2,
+            )
+
+    # --------------------------------------------------------------------------------------------- the file
+
+    def state(self) -> RunState:
+        """Where the run stands, at a whole step."""
+        run, history, ending, n = self.run, self.run.history, self.ending, self._closed
+        seconds = [round(s, 6) for s in history.seconds[:n]]
+        if n > MOST_SECONDS:
+            seconds = [sum(seconds) / n]
+        vectors = {name: to_host(a) for name, a in self._start.items() if self._position}
+        if history.stopped:
+            if history.best_epoch is not None and history.best_epoch != n:
+                vectors["last"] = to_host(self._last)
+        elif ending.best is not None:
+            vectors["best"] = to_host(ending.best)
+        columns = {
+            name: np.array(values[:n], np.int64 if name == "steps" else np.float64)
+            for name in COLUMNS
+            if None not in (values := getattr(history, name))[:n] and (n or name in ("train_cost", "lr", "steps"))
+        }
+        error = history.gradient_error
+        return RunState(
+            self.settings, run.epochs, n, self._position, run.step, run.lr, self._samples, history.stopped,
+            history.best_epoch, error if error is None or math.isfinite(error) else None, list(history.retreats),
+            [to_host(slot) for slot in self.executor.slots], vectors, to_host(self.executor.measured)[: self._position],
+            columns, whereabouts(run.net.backend, self.executor.told),
+            {"seconds": seconds, "under_way": self._under_way, "elapsed": time.perf_counter() - self._began},
+        )  # fmt: skip
+
+    def _save(self, last: bool = False) -> None:
+        if self.checkpoints:
+            self._saving = True
+            self.checkpoints.write(self.run.net, self.state(), last)
+            self._saving = False
+
+    def _save_after(self, e: BaseException) -> None:
+        """Save the last whole step, where a signal or an error has stopped the run, unless the file is better."""
+        nothing_new = self.checkpoints is None or not self.run.step or not self.run.whole or self._saving
+        if nothing_new or isinstance(e, (CheckpointError, BackendError)):
+            return
+        if isinstance(e, DivergenceError) and self.checkpoints and self.checkpoints.saved:
+            return  # what is in the file is further from the divergence
+        try:
+            self._save(last=True)
+        except CheckpointError as failed:
+            if not isinstance(e, Exception):
+                raise
+            e.add_note(f"and the run could not be saved: {failed.cause}")
+
+    def go_on_from(self, found: Checkpoint) -> None:
+        """Put everything where it was when the file was written. Raises CheckpointError before anything has changed."""
+        run, history, state = self.run, self.run.history, found.run
+        assert state is not None
+        slots = self.executor.slots
+        if len(slots) != len(state.slots):
+            raise CheckpointError(f"the file has {len(state.slots)} slots, not {len(slots)}", "save to another file")
+        watched = state.columns["train_cost" if self.held_out is None else "validation_cost"].tolist()
+        scheduled, halves = during(self.factor, watched), 0.5 ** len(state.retreats)
+        if state.position and run.epochs == state.epochs:
+            lr = lr_of(self.rule.lr * halves, scheduled, state.step - 1, run.epochs * run.steps_per_epoch)
+            if lr != state.lr:
+                raise ConfigError(
+                    f"the schedule makes lr {lr:g} in step {state.step}, which was {state.lr:g}", "give the same one"
+                )
+        if self.checkpoints:
+            self.checkpoints.compare(state, whereabouts(run.net.backend, self.executor.told))
+        place = run.net.backend.asarray
+        last = state.vectors.get("last")
+        run.net.theta[...] = found.net.theta if last is None else place(last)
+        for slot, saved in zip(slots, state.slots, strict=True):
+            slot[...] = place(saved)
+        if state.step:
+            run.net.criterion, run.net.task = self.learned
+        self._start = {name: place(a) for name, a in state.vectors.items() if name.startswith("start")}
+        self.executor.measured[: state.position] = place(state.measured)
+        recall(history, state)
+        history.stopped = history.best_epoch = None
+        self._closed, self._position, self._samples = state.epoch, state.position, state.samples
+        run.epoch, run.step, run.lr = state.epoch, state.step, state.lr
+        self._under_way = state.clock["under_way"]
+        self._began -= state.clock["elapsed"]
+        self.ending.start(state.clock["elapsed"])
+        best = state.vectors.get("best")
+        if self.ending.patience is not None:
+            of_best = found.net.theta if best is None else place(best)
+            self.ending.go_on(history.validation_cost, of_best)
+
+
+def recall(history: History, state: RunState) -> None:
+    """Put into a history what a file tells of it."""
+    n, seconds = state.epoch, state.clock["seconds"]
+    history.epoch = list(range(1, n + 1))
+    for name in COLUMNS:
+        setattr(history, name, state.columns[name].tolist() if name in state.columns else [None] * n)
+    history.seconds = list(seconds) if len(seconds) == n else [seconds[0]] * n
+    history.samples, history.gradient_error = state.samples, state.gradient_error
+    history.retreats, history.resumed = list(state.retreats), state.step
+    history.stopped, history.best_epoch = state.stopped, state.best_epoch
+    history.executor = state.where.get("executor")
+
+
+class Evaluation(NamedTuple):
+    """Mean cost over the samples, and accuracy from 0 to 1, None for regression."""
+
+    cost: float
+    accuracy: float | None
+
+
+def evaluation(tally: Tally, reduction: str) -> Evaluation:
+    """Of the data of `tally`, at the theta of now."""
+    cost, right = tally.totals()
+    samples, n = tally.samples, len(tally.samples)
+    weights = None if samples.weights is None else to_host(samples.weights)
+    divisor = whole(weights, np.arange(n), reduction)
+    return Evaluation(cost / divisor, None if samples.task == "regression" else right / n)
+
+
+def whole(weights: np.ndarray | None, rows: np.ndarray, reduction: str) -> float:
+    """What the sum of the weighted costs of these samples is divided by."""
+    if reduction == "sum":
+        return 1.0
+    return float(len(rows)) if weights is None else float(weights[rows].sum(dtype=np.float64)) or 1.0
+
+
+class _Norms(NamedTuple):
+    """Of a gradient: of dC/dW[l] for l = 1..L, and of the whole of what is trained."""
+
+    layers: list[float]
+    whole: float
+
+
+def _gradient_norms(problem: Problem, whole: float) -> _Norms:
+    """Of the gradient over all the data at theta, without dropout; `whole` is what its cost is divided by."""
+    net, be, samples, n = problem.net, problem.net.backend, problem.samples, len(problem.samples)
+    total, flat = (be.zeros(net.theta.size, net.dtype) for _ in range(2))
+    views = Views(flat, net.layers, net.biased)
+    all_rows = Batch(net, min(n, CHUNK_ROWS), gradient=True)
+    with np.errstate(all="ignore"):
+        for i in range(0, n, CHUNK_ROWS):
+            rows = slice(i, min(i + CHUNK_ROWS, n))
+            batch = all_rows.first(rows.stop - i)
+            be.ops.gather(be.asarray(samples.X[rows]), slice(0, batch.m), batch.A[0])
+            forward(be.ops, net, batch)
+            w = 1 / whole if samples.weights is None else be.asarray(samples.weights[rows]) / whole
+            backward(be.ops, net, batch, be.asarray(samples.T[rows]), w, problem.cost, views)
+            total += flat
+        penalties = Regularization(problem.regularization.l1, problem.regularization.l2)
+        if penalties:
+            be.ops.regularize(penalties, net.theta, net.weight_mask(), total)
+        sums = Views(total, net.layers, net.biased)
+        trained = [p for p in (*sums.W[problem.frozen + 1 :], *sums.b[problem.frozen + 1 :]) if p is not None]
+        return _Norms([_norm(dW) for dW in sums.W[1:]], math.hypot(*map(_norm, trained)))
+
+
+def _norm(g: Array) -> float:
+    """||g||, of entries that may be too large or small to be squared in their dtype."""
+    largest = float(abs(g).max())
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    return largest * math.sqrt(float(((g / largest) ** 2).sum(dtype=np.float64)))
+
+
+def lr_of(lr: float, factor: Schedule, step: int, total: int) -> float:
+    """The learning rate of a step, counted from 0."""
+    try:
+        value = lr * float(factor(step, total))
+    except (TypeError, ValueError) as e:
+        raise ConfigError(
+            f"the schedule {factor!r} fails: {e}", "give a function of (step, total) that returns a number"
+        ) from e
+    if not (math.isfinite(value) and value >= 0):
+        raise ConfigError(
+            f"the schedule {factor!r} makes lr {value:g} in step {step + 1}", "return a finite factor, 0 or more"
+        )
+    return value
