@@ -47,7 +47,8 @@ CACHE_CURE = "set CUPY_CACHE_IN_MEMORY=1, or CUPY_CACHE_DIR to a folder that can
 DEFAULT_MODE = "let an administrator run nvidia-smi -c DEFAULT"
 LIBRARIES_CURE = "pip install {}: it brings CUDA's compiler, headers and libraries"
 _NAMES = {name: name for name in ("auto", "numpy", "cupy")}
-_INSUFFICIENT_DRIVER, _DEVICES_UNAVAILABLE, _NO_DEVICE = 35, 46, 100  # of cudaError_t
+_NOT_STARTED, _INSUFFICIENT_DRIVER, _DEVICES_UNAVAILABLE, _NO_DEVICE = 3, 35, 46, 100  # of cudaError_t
+_DAMAGED = "INVALID_IMAGE"  # stands in what the driver says of a compiled kernel that is none
 
 
 @dataclass(frozen=True)
@@ -161,10 +162,12 @@ def no_fast(wanted: str) -> str:
     try:
         importlib.import_module(".fast_ops", __package__)
     except Exception as e:  # numba tells in several ways that it does not go with this NumPy, Python or machine
-        missing = getattr(e, "name", None) == "numba"
-        trouble = "numba is not installed" if missing else f"numba: {_line(e)}"
+        trouble, cure = f"numba: {_line(e)}", "pip install -U numba numpy, or unset it"
+        if getattr(e, "name", None) == "numba":
+            trouble, cure = "numba is not installed", "pip install numba, or unset it"
+        elif "no locator" in str(e):
+            trouble, cure = "numba may write its cache nowhere", "set NUMBA_CACHE_DIR to a folder that can be written"
         if wanted == "1":
-            cure = f"pip install {'numba' if missing else '-U numba numpy'}, or unset it"
             raise ConfigError(f"BACKPROP_GPU_FAST is 1, but {trouble}", cure) from None
         return trouble
     return ""
@@ -302,6 +305,8 @@ def _no_device(cupy: ModuleType, index: int) -> Fault | None:
             cure = "look at CUDA_VISIBLE_DEVICES and nvidia-smi -L; a card in MIG mode needs a slice"
             return Fault("driver", "there is no CUDA device", cure)
         cure = "check the driver with nvidia-smi, or restart the machine"
+        if status == _NOT_STARTED:  # what a fork leaves of CUDA that somebody else had started
+            cure = f"if this process was forked from one that uses CUDA, {AFTER_FORK.cure}; else {cure}"
         return Fault("driver", f"CUDA does not start: {_line(e)}", cure)
     if index < n:
         return None
@@ -367,7 +372,8 @@ def _failure(cupy: ModuleType, card: dict[str, Any], in_memory: bool = False) ->
         if _computes(cupy, card["index"]):
             return None
     except Exception as e:
-        if _is_of_the_disk(e) and not in_memory:  # a kernel cache that is full, or another user's
+        # A kernel cache that is full, another user's, or damaged.
+        if (_is_of_the_disk(e) or _DAMAGED in str(e)) and not in_memory:
             _keep_kernels_in_memory(_line(e))
             return _failure(cupy, card, in_memory=True)
         return _why(e, card)
@@ -383,7 +389,7 @@ def _why(e: Exception, card: dict[str, Any]) -> Fault:
         return Fault("gpu", cause, f"wait for that process (nvidia-smi shows it), or {DEFAULT_MODE}")
     if _is_of_the_disk(e):
         return Fault("cache", cause, CACHE_CURE)
-    if "INVALID_IMAGE" in str(e):
+    if _DAMAGED in str(e):
         return Fault("cache", cause, f"empty {_cache_folder()}, where a compiled kernel is damaged, or {CACHE_CURE}")
     if _names_a_library(e):
         return Fault("libraries", cause, LIBRARIES_CURE.format(wheel()))

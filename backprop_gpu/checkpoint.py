@@ -52,7 +52,7 @@ COLUMNS = ("train_cost", "train_accuracy", "validation_cost", "validation_accura
 ENDS = ("epochs", "gradient", "still", "patience", "time", "callback")  # why a run is over
 _PROGRESS = {
     "epochs", "epoch", "position", "step", "lr", "samples", "stopped", "best_epoch", "gradient_error", "retreats",
-    "slots", "vectors", "columns",
+    "good_epoch", "first_cost", "slots", "vectors", "columns",
 }  # fmt: skip
 
 
@@ -67,8 +67,10 @@ class RunState:
 
     `slots`: the optimizer's, each as long as what is trained, the end of theta. `vectors`, each as long as theta:
     "best" (parameters so far, where patience asks for them), "last" (where the run is over, and the network has the
-    best), "start" (where the epoch under way began), and "start.1", ..., the slots there. `measured` (position, 2):
-    what the steps of the epoch under way were judged by. `columns`: of the history, `COLUMNS`, an entry an epoch.
+    best), "start" (where the epoch under way began). Of a run that may retreat, "good": where it would go back to, the
+    end of epoch `good_epoch`, with the slots "good.1", ... and the best parameters "good.best"; `first_cost` is the
+    mean cost of its first step. `measured` (position, 2): what the steps of the epoch under way were judged by.
+    `columns`: of the history, `COLUMNS`, an entry an epoch.
 
     `where`: backend, device, rung and versions, on which the last bits depend. `clock`: `seconds` of each epoch,
     `under_way` of the one after these, `elapsed` in all.
@@ -85,6 +87,8 @@ class RunState:
     best_epoch: int | None = None
     gradient_error: float | None = None
     retreats: list[int] = field(default_factory=list)
+    good_epoch: int = 0
+    first_cost: float | None = None
     slots: list[np.ndarray] = field(default_factory=list)
     vectors: dict[str, np.ndarray] = field(default_factory=dict)
     measured: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
@@ -121,10 +125,11 @@ class RunState:
 
 
 class Checkpoint(NamedTuple):
-    """A file's content: the network, and the run it is in, if it is in one."""
+    """A file's content: the network, the run it is in, if it is in one, and the version of the format."""
 
     net: Network
     run: RunState | None
+    version: str
 
 
 def save_network(net: Network, path: str | os.PathLike[str]) -> None:
@@ -272,7 +277,7 @@ def _load(path: Path, file: BinaryIO, backend: str, own: Own) -> Checkpoint:
         p[...] = net.backend.asarray(values[name])
     if run:
         _fill(path, run, values)
-    return Checkpoint(net, run)
+    return Checkpoint(net, run, version)
 
 
 def _run_of(net: Network, clock: Any, progress: Any, settings: Any, where: Any) -> RunState:
@@ -301,17 +306,18 @@ def _run_of(net: Network, clock: Any, progress: Any, settings: Any, where: Any) 
         _whole("best_epoch", run.best_epoch, 1, run.epoch)
     for step in run.retreats:
         _whole("retreats", step, 1, run.epochs * steps)
+    _whole("good_epoch", run.good_epoch, 0, run.epoch)
     numbers = [run.lr, clock["under_way"], clock["elapsed"], *clock["seconds"]]
-    numbers += [] if run.gradient_error is None else [run.gradient_error]
+    numbers += [x for x in (run.gradient_error, run.first_cost) if x is not None]
     if not all(type(x) in (int, float) and 0 <= x < math.inf for x in numbers):
-        raise ValueError("the run's lr or clock is no number from 0")
+        raise ValueError("the run's lr, costs or clock are no numbers from 0")
     if len(clock["seconds"]) not in (1, run.epoch) or type(where) is not dict:
         raise ValueError("the run's clock does not fit its epochs")
     run.slots = [np.zeros(0)] * progress["slots"]
     run.vectors = dict.fromkeys(progress["vectors"], np.zeros(0))
     run.columns = dict.fromkeys(progress["columns"], np.zeros(0))
-    starts = {"start", *(f"start.{k}" for k in range(1, len(run.slots) + 1))}
-    if not (run.vectors.keys() <= {"best", "last", *starts} and run.columns.keys() <= set(COLUMNS)):
+    known = {"best", "last", "start", "good", "good.best", *(f"good.{k}" for k in range(1, len(run.slots) + 1))}
+    if not (run.vectors.keys() <= known and run.columns.keys() <= set(COLUMNS)):
         raise ValueError("the run has vectors or columns that nobody knows")
     if not {"train_cost", "lr", "steps"} <= run.columns.keys():
         raise ValueError("the run's history lacks a column")
@@ -333,7 +339,7 @@ def _tensors_of(net: Network, run: RunState) -> dict[str, tuple[str, tuple[int, 
     columns["steps"] = "I64", (run.epoch,)
     return {
         **{f"optimizer.{k}": (dtype, (trained,)) for k in range(1, len(run.slots) + 1)},
-        **{f"run.{name}": (dtype, (trained if name.startswith("start.") else size,)) for name in run.vectors},
+        **{f"run.{name}": (dtype, (trained if name[5:].isdigit() else size,)) for name in run.vectors},
         **{f"history.{name}": column for name, column in columns.items()},
         "run.measured": ("F64", (run.position, 2)),
         "run.random": ("U64", (2,)),

@@ -33,9 +33,11 @@ from .costs import COSTS, MAKERS, REDUCTIONS
 from .errors import BackpropGPUError, ConfigError, DataError, lookup
 from .examples import EXAMPLES
 from .gradient_checks import DIRECTIONS, EPS, TOLERANCE, check_everything, gradient_check, sample_problem
+from .history import Run
 from .initializers import INITIALIZERS
 from .network import PRECISIONS, Network
 from .optimizers import OPTIMIZERS, Optimizer, choose_optimizer
+from .resume import ON_ERROR
 from .schedules import SCHEDULES, Warmup, choose_schedule
 
 PROGRAM = "backprop-gpu"
@@ -269,7 +271,26 @@ def cli() -> None:
 @click.option(
     "--frozen", type=int, default=0, show_default=True, metavar="LAYERS", help="First layers to keep as they are."
 )
-@click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Write the model here, as safetensors.")
+@click.option(
+    "--save", type=click.Path(path_type=Path), metavar="FILE", help="Keep model and run here, as safetensors."
+)
+@click.option("--checkpoint-every", metavar="INTERVAL", help="Such as '500 steps', '2 epochs', '5 minutes'.")
+@click.option("--resume", is_flag=True, help="Go on from --save, where there is such a file.")
+@click.option(
+    "--on-checkpoint-error",
+    type=Name("choice", ON_ERROR),
+    default="raise",
+    show_default=True,
+    help="Where one cannot be written: end, or warn and go on.",
+)
+@click.option(
+    "--retreats",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="TIMES",
+    help="Where the run diverges, go back an epoch and halve lr.",
+)
 @as_json
 def train(
     setup: Setup,
@@ -310,7 +331,10 @@ def train(
         except Stopped as e:
             _tell_stopped(e.word, bar.run, save)
             sys.exit(e.code)
-    if save is not None:
+    if history.resumed is not None:
+        over = history.resumed == history.steps[-1]
+        report.tell(f"the run in {save} {'is over since' if over else 'went on after'} step {history.resumed}")
+    if save is not None and history.resumed != history.steps[-1]:
         report.tell(f"saved to {save}")
     seconds = sum(history.seconds)
     tested = training.evaluate(net, *test_set, reduction=settings["reduction"]) if test_set else None
@@ -324,7 +348,7 @@ def train(
         "epochs": len(history),
         "steps": history.steps[-1],
         "train_seconds": seconds,
-        "samples_per_second": history.samples / seconds,
+        "samples_per_second": history.samples / seconds if seconds else None,
         "train_cost": history.train_cost[-1],
         "train_accuracy": history.train_accuracy[-1],
         "test_cost": tested.cost if tested else None,
@@ -332,6 +356,10 @@ def train(
         "stopped": history.stopped,
         "seed": setup.seed,
     }
+    if history.resumed is not None:
+        result["resumed"] = history.resumed
+    if history.retreats:
+        result["retreats"] = history.retreats
     if settings["validation"] is not None:
         result["validation_cost"] = history.validation_cost
         result["validation_accuracy"] = history.validation_accuracy
@@ -355,7 +383,7 @@ def _outputs(data: str, labels: np.ndarray, are_labels: bool) -> int:
     return max(1, int(labels[top]) + 1)
 
 
-def _tell_stopped(word: str, run: training.Run | None, save: Path | None) -> None:
+def _tell_stopped(word: str, run: Run | None, save: Path | None) -> None:
     """Say where training was stopped and what `train` has saved."""
     step = run.step if run else 0
     if run and not run.whole:
@@ -556,10 +584,15 @@ def _memory_text(result: dict[str, Any]) -> str:
 
 
 @cli.command()
+@click.argument("model", type=click.Path(path_type=Path), required=False)
 @on_backend
 @as_json
-def doctor(where: str, as_json: bool) -> None:
-    """Tell which backend is used and why, and what this machine is made of."""
+def doctor(model: Path | None, where: str, as_json: bool) -> None:
+    """Tell which backend is used and why, and what this machine is made of; or what is in the file MODEL."""
+    if model is not None:
+        found = report.model(model)
+        _print(found, report.model_text(found), as_json)
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reason is in the report
         found = report.doctor(backend.choose(where))
@@ -628,6 +661,8 @@ def _run(args: Sequence[str] | None) -> int:
     except ConfigError as e:
         return _fail(e.cause, e.cure, 2)
     except BackpropGPUError as e:
+        for note in getattr(e, "__notes__", ()):
+            report.tell(f"{PROGRAM}: {_one_line(note)}")
         return _fail(e.cause, e.cure, 1)
     except MemoryError as e:
         return _fail(f"out of memory: {e}" if str(e) else "out of memory", "take smaller layers or batches", 1)

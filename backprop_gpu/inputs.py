@@ -93,7 +93,7 @@ def targets(T: Any, m: int, K: int, cost: str, dtype: np.dtype) -> Array:
         if not whole:
             raise DataError(
                 f"T has shape ({m},) and dtype {T.dtype}, but the network has {K} outputs",
-                "pass integer labels, T.astype(int), or one row of targets a sample",
+                "pass integer labels (T.astype(int), if they are whole), or one row of targets a sample",
             )
         return _labels(T, K)
     T = T.reshape(m, 1) if T.ndim == 1 else T
@@ -191,6 +191,7 @@ def _weight(value: Any, cure: str) -> float:
 
 
 def _labels(T: Array, K: int) -> Array:
+    T = T.copy()  # what is looked at is what is used, whatever another thread writes meanwhile
     low, high = int(T.min()), int(T.max())  # also for CuPy arrays, whose indexing would wrap instead of raising
     if low < 0 or high >= K:
         bad = (T < 0) | (T >= K)
@@ -199,7 +200,7 @@ def _labels(T: Array, K: int) -> Array:
             f"labels must be in 0..{K - 1}, found {int(T[row])} at row {row}",
             "number the classes from 0, or give the network as many outputs as there are classes",
         )
-    return T.astype(np.intp)
+    return T.astype(np.intp, copy=False)
 
 
 def _numeric(what: str, a: Any) -> Array:

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -72,10 +72,15 @@ class Loop:
         self._closed, self._position = 0, 0  # epochs that are over; steps of the one under way
         self._samples = 0  # that the closed ones have seen
         self._under_way = 0.0  # seconds of the epoch under way, from before the run was resumed
-        self._start: dict[str, Array] = {}  # of the epoch under way
+        self._start: Array | None = None  # parameters where the epoch under way began, where somebody asks for them
+        # What a run that diverges goes back to: vectors, how many epochs were closed then, the cost of the first step.
+        self._good: dict[str, Array] = {}
+        self._good_epoch = 0
+        self._first_cost: float | None = None
         self._last: Array | None = None  # parameters, where the network has better ones
         self._before = net.criterion, net.task
         self._saving = False
+        self._lrs: Sequence[float] = ()  # of the steps of the epoch under way
         self._tally: Tally | None = None
         self._next: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -110,13 +115,14 @@ class Loop:
             self._keep_start()
         if self.gradient_error and not run.step:
             history.gradient_error = executor.gradient_error(order, ends)
+        self._lrs = lrs
         executor.begin(order, ends, lrs, first + 1, self._position)
         try:
-            late = self._steps(lrs, start)
+            late = self._steps(start)
             if run.epoch < run.epochs and not late:  # while a GPU is at work
                 self._next = self._plan(run.epoch + 1)
                 executor.ahead(self._next[0])
-            self._settle(lrs)
+            self._settle()
         except DivergenceError as e:
             self._retreat(e)
             return
@@ -126,12 +132,16 @@ class Loop:
         return epoch_plan(self.batches, len(self.problem.samples), self.batch_size, self.seed, epoch)
 
     def _keep_start(self) -> None:
-        if self.ending.parameter_tolerance is not None or self.retreats:
-            self._start = {"start": self.run.net.theta.copy()}
-        if self.retreats:
-            self._start |= {f"start.{k}": slot.copy() for k, slot in enumerate(self.executor.slots, 1)}
+        if self.ending.parameter_tolerance is not None:
+            self._start = self.run.net.theta.copy()
+        costs = [math.inf if self._first_cost is None else self._first_cost, *self.run.history.train_cost]
+        if self.retreats and (not self._closed or costs[-1] <= min(costs)):
+            self._good_epoch, self._good = self._closed, {"good": self.run.net.theta.copy()}
+            self._good |= {f"good.{k}": slot.copy() for k, slot in enumerate(self.executor.slots, 1)}
+            if self.ending.best is not None:
+                self._good["good.best"] = self.ending.best
 
-    def _steps(self, lrs: Sequence[float], start: float) -> bool:
+    def _steps(self, start: float) -> bool:
         """The steps that the epoch still has; True where the time was over before them."""
         run, steps, checkpoints = self.run, self.run.steps_per_epoch, self.checkpoints
         while self._position < steps:
@@ -142,7 +152,7 @@ class Loop:
             taken = self.executor.run(self._position, most, self.each_step)
             if taken:
                 self._position, run.step = self._position + taken, run.step + taken
-                run.lr = lrs[self._position - 1]
+                run.lr = self._lrs[self._position - 1]
                 run.net.criterion, run.net.task = self.learned
             run.whole = True
             if not taken:
@@ -152,7 +162,7 @@ class Loop:
             due = checkpoints is not None and checkpoints.due(run.step)
             if due or self.whole_steps.waiting:
                 self._under_way = time.perf_counter() - start
-                self._settle(lrs)
+                self._settle()
             if due:
                 self._save()
             self.whole_steps.deliver()
@@ -160,7 +170,7 @@ class Loop:
                 return True
         return False
 
-    def _settle(self, lrs: Sequence[float]) -> None:
+    def _settle(self) -> None:
         """Wait for the steps so far; DivergenceError where one of them left the finite numbers."""
         run, executor, history = self.run, self.executor, self.run.history
         executor.finish()
@@ -170,9 +180,8 @@ class Loop:
             if diverged == 1:  # on a GPU the host hears of it here
                 run.net.criterion, run.net.task = self._before
             run.step, self._position = diverged - 1, (diverged - 1) % run.steps_per_epoch
-            lr = lrs[self._position]
-            run.lr = lrs[self._position - 1] if self._position else run.lr
-            raise DivergenceError(run.epoch, diverged, lr, self._cost_before())
+            run.lr = self._lrs[self._position - 1] if self._position else run.lr
+            raise DivergenceError(run.epoch, diverged, self._lrs[self._position], self._cost_before())
 
     def _cost_before(self) -> float | None:
         """Of the last step that was taken, or the last epoch, the mean cost; None before the first step."""
@@ -184,18 +193,23 @@ class Loop:
         return float(self.executor.measured[i, 0]) / whole(self.weights, rows, self.problem.reduction)
 
     def _retreat(self, e: DivergenceError) -> None:
-        """Go back to where the epoch began, with half the learning rate, or raise e."""
-        run, history = self.run, self.run.history
+        """Go back to the end of the epoch that cost least, with half the learning rate, or raise e."""
+        run, history, n = self.run, self.run.history, self._good_epoch
         if len(history.retreats) >= self.retreats:
             raise e
         history.retreats.append(e.step)
-        run.net.theta[...] = self._start["start"]
+        for name in ("epoch", "seconds", *COLUMNS):
+            del getattr(history, name)[n:]
+        history.samples = self._samples = n * len(self.problem.samples)
+        run.net.theta[...] = self._good["good"]
         for k, slot in enumerate(self.executor.slots, 1):
-            slot[...] = self._start[f"start.{k}"]
+            slot[...] = self._good[f"good.{k}"]
+        self.ending.go_on(history.validation_cost, self._good.get("good.best"))
         self.executor.diverged[...] = 0
-        run.step, self._position, self._under_way, self._next = self._closed * run.steps_per_epoch, 0, 0.0, None
+        self._closed, run.step, run.lr = n, n * run.steps_per_epoch, history.lr[-1] if n else 0.0
+        self._position, self._under_way, self._next = 0, 0.0, None
         warnings.warn(
-            f"{e.cause}; back to the start of epoch {run.epoch} with half the learning rate "
+            f"{e.cause}; back to the start of epoch {n + 1} with half the learning rate "
             f"({len(history.retreats)} of {self.retreats} times)",
             stacklevel=2,
         )
@@ -230,9 +244,11 @@ class Loop:
             call(hook, run)
         moved = None
         if self.ending.parameter_tolerance is not None and max(lrs[:done]) > 0:
-            moved = float(abs(run.net.theta - self._start["start"]).max())
+            moved = float(abs(run.net.theta - self._start).max())
         reason = self.ending.reason(run.epoch, run.stop, norms and norms.whole, after and after.cost, late, moved)
         history.stopped = reason or ("epochs" if run.epoch == run.epochs else None)
+        if run.epoch == 1:
+            self._first_cost = float(executor.measured[0, 0]) / whole(self.weights, order[: ends[1]], problem.reduction)
         self._closed, self._position, self._under_way, self._samples = run.epoch, 0, 0.0, history.samples
         self._warn_of_no_progress()
         if not history.stopped:
@@ -258,7 +274,9 @@ class Loop:
         seconds = [round(s, 6) for s in history.seconds[:n]]
         if n > MOST_SECONDS:
             seconds = [sum(seconds) / n]
-        vectors = {name: to_host(a) for name, a in self._start.items() if self._position}
+        vectors = {name: to_host(a) for name, a in self._good.items()}
+        if self._start is not None and self._position:
+            vectors["start"] = to_host(self._start)
         if history.stopped:
             if history.best_epoch is not None and history.best_epoch != n:
                 vectors["last"] = to_host(self._last)
@@ -273,6 +291,7 @@ class Loop:
         return RunState(
             self.settings, run.epochs, n, self._position, run.step, run.lr, self._samples, history.stopped,
             history.best_epoch, error if error is None or math.isfinite(error) else None, list(history.retreats),
+            self._good_epoch, self._first_cost,
             [to_host(slot) for slot in self.executor.slots], vectors, to_host(self.executor.measured)[: self._position],
             columns, whereabouts(run.net.backend, self.executor.told),
             {"seconds": seconds, "under_way": self._under_way, "elapsed": time.perf_counter() - self._began},
@@ -286,17 +305,22 @@ class Loop:
 
     def _save_after(self, e: BaseException) -> None:
         """Save the last whole step, where a signal or an error has stopped the run, unless the file is better."""
-        nothing_new = self.checkpoints is None or not self.run.step or not self.run.whole or self._saving
-        if nothing_new or isinstance(e, (CheckpointError, BackendError)):
+        if self.checkpoints is None:
             return
-        if isinstance(e, DivergenceError) and self.checkpoints and self.checkpoints.saved:
-            return  # what is in the file is further from the divergence
-        try:
-            self._save(last=True)
-        except CheckpointError as failed:
-            if not isinstance(e, Exception):
-                raise
-            e.add_note(f"and the run could not be saved: {failed.cause}")
+        whole = self.run.step and self.run.whole and not self._saving
+        lost = isinstance(e, (CheckpointError, BackendError))
+        if whole and not lost and not (isinstance(e, DivergenceError) and self.checkpoints.saved):
+            # What a file holds already is further from a divergence.
+            try:
+                with suppress(DivergenceError):  # on a GPU, of a step that was taken for done
+                    self._settle()
+                self._save(last=True)
+            except CheckpointError as failed:
+                if not isinstance(e, Exception):
+                    raise
+                e.add_note(f"the run could not be saved: {failed.cause}")
+        if self.checkpoints.saved:
+            e.add_note(f"{self.checkpoints.name} holds the run after step {self.checkpoints.saved[0]}")
 
     def go_on_from(self, found: Checkpoint) -> None:
         """Put everything where it was when the file was written. Raises CheckpointError before anything has changed."""
@@ -305,7 +329,7 @@ class Loop:
         slots = self.executor.slots
         if len(slots) != len(state.slots):
             raise CheckpointError(f"the file has {len(state.slots)} slots, not {len(slots)}", "save to another file")
-        watched = state.columns["train_cost" if self.held_out is None else "validation_cost"].tolist()
+        watched = state.columns.get("train_cost" if self.held_out is None else "validation_cost", np.zeros(0)).tolist()
         scheduled, halves = during(self.factor, watched), 0.5 ** len(state.retreats)
         if state.position and run.epochs == state.epochs:
             lr = lr_of(self.rule.lr * halves, scheduled, state.step - 1, run.epochs * run.steps_per_epoch)
@@ -322,7 +346,10 @@ class Loop:
             slot[...] = place(saved)
         if state.step:
             run.net.criterion, run.net.task = self.learned
-        self._start = {name: place(a) for name, a in state.vectors.items() if name.startswith("start")}
+        self._good = {name: place(a) for name, a in state.vectors.items() if name.startswith("good")}
+        self._good_epoch, self._first_cost = state.good_epoch, state.first_cost
+        if "start" in state.vectors:
+            self._start = place(state.vectors["start"])
         self.executor.measured[: state.position] = place(state.measured)
         recall(history, state)
         history.stopped = history.best_epoch = None

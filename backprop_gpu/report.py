@@ -8,17 +8,18 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from . import __version__
+from . import __version__, checkpoint
 from . import backend as backends
 from . import blas as openblas
 from .backend import Backend, Machine
 from .errors import ConfigError
-from .training import Run
+from .history import Run
 
 STOPPED = {
     "gradient": "the norm of the gradient",
@@ -30,7 +31,10 @@ STOPPED = {
 
 
 class ProgressBar:
-    """A callback of `train` that shows steps, cost and accuracy on stderr if that is a terminal, else nothing."""
+    """A callback of `train` that shows steps, cost and accuracy on stderr if that is a terminal, else nothing.
+
+    A terminal that goes away ends the showing, and nothing else.
+    """
 
     def __init__(self) -> None:
         # Takes a third of the time in which --help is there, which does without.
@@ -47,20 +51,27 @@ class ProgressBar:
             TextColumn("{task.fields[last]}"),
             console=self._console,
             transient=True,
-            disable=not self._console.is_terminal,
+            disable=not (self._console.is_terminal and self._console.file.isatty()),  # FORCE_COLOR makes no terminal
         )
         self._task = self._progress.add_task("", total=None, epoch="", last="")
         self._shown = 0.0
         self.run: Run | None = None
 
     def __enter__(self) -> ProgressBar:
-        if not self._progress.disable:
-            self._progress.start()
+        self._show(self._progress.start)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+        self._show(self._progress.stop)
+
+    def _show(self, draw: Callable[[], object]) -> None:
         if not self._progress.disable:
-            self._progress.stop()
+            try:
+                draw()
+            except OSError:
+                self._progress.disable = True
+                with contextlib.suppress(Exception):  # half started or half stopped
+                    self._progress.live.stop()
 
     each_step = False  # it only counts
 
@@ -80,7 +91,8 @@ class ProgressBar:
         if not self._progress.disable:
             self._progress.update(self._task, last=", ".join(words))
             self._update(run)
-            self._console.print(f"epoch {run.epoch}/{run.epochs}  {'  '.join(words)}  {h.seconds[-1]:.1f} s")
+            line = f"epoch {run.epoch}/{run.epochs}  {'  '.join(words)}  {h.seconds[-1]:.1f} s"
+            self._show(lambda: self._console.print(line))
 
     def _update(self, run: Run) -> None:
         total = run.epochs * run.steps_per_epoch
@@ -93,7 +105,7 @@ def summary(result: dict[str, Any], reason: str) -> str:
         f"{'/'.join(map(str, result['layers']))}, {result['parameters']} parameters, {result['precision']}, "
         f"on {result['backend']} ({result['device']}): {reason}; steps run as {result['executor']}",
         f"{result['epochs']} epochs, {result['steps']} steps in {result['train_seconds']:.1f} s, "
-        f"{result['samples_per_second']:.0f} samples/s",
+        f"{result['samples_per_second'] or 0:.0f} samples/s",
         f"training cost {result['train_cost']:.4f}{_percent(', accuracy', result['train_accuracy'])} in the last epoch",
     ]
     if result.get("gradient_error") is not None:
@@ -164,6 +176,54 @@ def doctor(backend: Backend) -> dict[str, Any]:
         "platform": platform.platform(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
     }
+
+
+def model(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What is in a model file or a checkpoint, once it has been found sound; CheckpointError says why it is not."""
+    net, run, version = checkpoint.read(path, "numpy")
+    settings = {name: getattr(net, name) for name in (*checkpoint.SETTINGS, "cost", "task")}
+    found = {"file": os.fspath(path), "bytes": os.path.getsize(path), "format_version": version, "sound": True}
+    found |= {**settings, "parameters": net.parameter_count, "run": None}
+    if run:
+        found["run"] = {
+            **run.progress(), "steps_per_epoch": run.steps_per_epoch, "settings": run.settings, "where": run.where,
+            "clock": run.clock, "history": {name: column.tolist() for name, column in run.columns.items()},
+        }  # fmt: skip
+    return found
+
+
+def model_text(found: dict[str, Any]) -> str:
+    """`model` for people."""
+    run = found["run"]
+    lines = [
+        f"file         {found['file']}: {found['bytes']} bytes, format {found['format_version']}, "
+        "sound: names, shapes, digests, numbers",
+        f"network      {'/'.join(map(str, found['layers']))}, {found['parameters']} parameters, {found['precision']}, "
+        f"seed {found['seed']}",
+        f"functions    hidden {found['hidden']}, output {found['output']}, cost {found['cost']}; "
+        f"predicts {found['task']}",
+    ]
+    if run is None:
+        return "\n".join([*lines, "run          none: a network alone"])
+    total, seconds = run["epochs"] * run["steps_per_epoch"], run["clock"]["elapsed"]
+    over = f"over, by {STOPPED.get(run['stopped'], 'its epochs')}" if run["stopped"] else "to go on with resume"
+    lines.append(f"run          {run['epoch']} of {run['epochs']} epochs, {run['step']} of {total} steps: {over}")
+    told = {key: value for key, value in run["settings"].items() if value not in (None, False, 0) and key != "data"}
+    shown = (f"{key} {_setting(value)}" for key, value in told.items() if key != "validation")
+    lines.append(f"settings     {', '.join(shown)}")
+    of = {key: column[-1] for key, column in run["history"].items() if column and key != "gradient_norms"}
+    if of:
+        words = (f"{key.replace('_', ' ')} {value:.6g}" for key, value in of.items())
+        lines.append(f"last epoch   {', '.join(words)}")
+    where = (f"{key} {value}" for key, value in run["where"].items() if key != "rung")
+    return "\n".join([*lines, f"written on   {', '.join(where)}, after {seconds:.1f} s"])
+
+
+def _setting(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    fields = (f"{key}={_setting(v)}" for key, v in value.items() if key != "name" and v not in (None, False))
+    return f"{value.get('name')}({', '.join(fields)})"
 
 
 def rung(backend: Backend) -> dict[str, str]:

@@ -46,8 +46,8 @@ class Ending:
         self._deadline = None if self.time_limit is None else time.perf_counter() + self.time_limit - elapsed
 
     def go_on(self, costs: Sequence[float | None], best: Any) -> None:
-        """Epochs of these validation costs were; `best`: the parameters of the best of them."""
-        self._last_epoch = len(costs)
+        """Epochs of these validation costs were, and no others; `best`: the parameters of the best of them."""
+        self.best, self._best_cost, self._best_epoch, self._last_epoch = None, math.inf, 0, len(costs)
         for epoch, cost in enumerate(costs, 1):
             if cost is not None and cost < self._best_cost:
                 self._best_cost, self._best_epoch, self.best = cost, epoch, best

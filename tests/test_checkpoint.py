@@ -120,7 +120,7 @@ NAN = np.full((5, 4), np.nan, np.float32)
     ("changes", "words"),
     [
         ({"format": "other"}, "but of 'other'"),
-        ({"format_version": "3"}, "has format version '3'"),
+        ({"format_version": "4"}, "has format version '4'"),
         ({"config": {"layers": [4, 6, 3]}}, "does not hold the tensors"),
         ({"config": {"layers": [10**6, 10**6]}}, "do not fit into"),
         ({"config": {"layers": "many"}}, "is not a model"),

@@ -200,9 +200,9 @@ def test_gradient_norms_of_each_layer_are_told_on_request(backend, rng):
 
 
 def test_the_whole_gradient_is_that_of_all_chunks(rng, monkeypatch):
-    from backprop_gpu import training
+    from backprop_gpu import loop
 
-    monkeypatch.setattr(training, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(loop, "CHUNK_ROWS", 7)
     X, T = rng.normal(size=(40, 3)), rng.integers(0, 2, 40)
     net = bp.Network([3, 4, 2], "tanh", precision="float64", backend="numpy")
     for reduction in ("mean", "sum"):
@@ -325,7 +325,7 @@ def test_limits_that_are_just_met(backend):
 
 
 def test_the_whole_gradient_takes_no_more_memory_than_a_chunk(line, monkeypatch):
-    from backprop_gpu import training
+    from backprop_gpu import loop
 
     made = []
 
@@ -333,7 +333,7 @@ def test_the_whole_gradient_takes_no_more_memory_than_a_chunk(line, monkeypatch)
         made.append(m)
         return Batch(net, m, **settings)
 
-    monkeypatch.setattr(training, "CHUNK_ROWS", 7)
-    monkeypatch.setattr(training, "Batch", recorded)
+    monkeypatch.setattr(loop, "CHUNK_ROWS", 7)
+    monkeypatch.setattr(loop, "Batch", recorded)
     bp.train(linear(), *line, epochs=2, gradient_norms=True)
     assert made == [7, 7]

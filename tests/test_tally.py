@@ -11,7 +11,7 @@ import pytest
 from conftest import real_gpu
 
 import backprop_gpu as bp
-from backprop_gpu import network, plan, tally, training
+from backprop_gpu import loop, network, plan, tally
 from backprop_gpu.backend import to_host
 from backprop_gpu.costs import choose_cost
 from backprop_gpu.executors import Eager, Graph, Problem, _Order, choose
@@ -311,9 +311,9 @@ def test_a_run_draws_each_order_once_and_evaluates_by_one_tally(monkeypatch):
     rng = np.random.default_rng(0)
     X, y = rng.integers(0, 256, (90, 12)).astype(np.uint8), rng.integers(0, 5, 90)
     drawn, made, closed = [], [], []
-    draw, make, close = training.epoch_plan, training.tally_for, GraphTally.close
-    monkeypatch.setattr(training, "epoch_plan", lambda *of: (drawn.append(of[-1]), draw(*of))[1])
-    monkeypatch.setattr(training, "tally_for", lambda *of: (made.append(make(*of)), made[-1])[1])
+    draw, make, close = loop.epoch_plan, loop.tally_for, GraphTally.close
+    monkeypatch.setattr(loop, "epoch_plan", lambda *of: (drawn.append(of[-1]), draw(*of))[1])
+    monkeypatch.setattr(loop, "tally_for", lambda *of: (made.append(make(*of)), made[-1])[1])
     monkeypatch.setattr(GraphTally, "close", lambda of: (closed.append(of), close(of))[1])
     for late, wanted in ((False, [1, 2, 3]), (True, [1])):
         drawn.clear(), made.clear(), closed.clear()

@@ -6,6 +6,7 @@ than the header announces plus one byte, and never more is announced than `max_b
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -76,17 +77,21 @@ def read_idx(path: Path, ndim: int, max_bytes: int = MAX_BYTES, sha256: str | No
         return data.reshape(shape)
 
 
-def open_regular(path: Path) -> BufferedReader:
-    """`path` open for reading; DataError where it cannot be, or is no regular file (opening a pipe would hang)."""
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[BufferedReader]:
+    """`path`, open; DataError where it or a read in it fails, or it is no regular file (opening a pipe would hang)."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        try:
+            mode = path.stat().st_mode
+        except ValueError as e:  # a null byte in the name
+            raise OSError(str(e)) from None
+        if not stat.S_ISREG(mode):
             raise _bad(path, "is not a regular file")
-        return path.open("rb")
-    except (OSError, ValueError) as e:  # ValueError: a null byte in the name
-        if isinstance(e, DataError):
-            raise
-        reason = getattr(e, "strerror", None) or e
-        raise DataError(f"{path} cannot be read: {reason}", "check the path and its permissions") from None
+        with path.open("rb") as file:
+            yield file
+    except OSError as e:
+        reason = e.strerror or e
+        raise DataError(f"{path} cannot be read: {reason}", "check the path, its permissions and the disk") from None
 
 
 def _bad(path: Path, what: str) -> DataError:

@@ -1,0 +1,740 @@
+"""Runs that are kept in a file: cut anywhere, they go on to the last bit; nothing is lost, and nothing is mixed up."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import fake_cupy
+import killed
+import numpy as np
+import pytest
+from safetensors.numpy import load as load_tensors
+
+import backprop_gpu as bp
+from backprop_gpu import backend as backends
+from backprop_gpu import checkpoint, files, loop, report
+from backprop_gpu.backend import to_host
+from backprop_gpu.resume import Interval
+
+SLOW = os.environ.get("BACKPROP_GPU_SLOW") == "1"
+
+
+class Cut(BaseException):
+    """Like a signal: no error."""
+
+
+class CutAfter:
+    """A callback that stops the run after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, run):
+        if run.step == self.step:
+            raise Cut
+
+
+def contents(path):
+    """All of a checkpoint but what the clock said."""
+    content = Path(path).read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    metadata = {key: json.loads(text) for key, text in header["__metadata__"].items() if key not in ("clock", "format")}
+    return metadata, {name: (a.dtype, a.shape, a.tobytes()) for name, a in load_tensors(content).items()}
+
+
+def remembered(history):
+    """A history without what the clock said, and without where it was resumed."""
+    return {key: value for key, value in vars(history).items() if key not in ("seconds", "resumed", "plan", "executor")}
+
+
+X = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+T = (X[:, 0] > 0).astype(np.int64) + (X[:, 1] > 0.3)
+STEPS, EPOCHS = 4, 3  # of 14 samples
+
+
+def train(path, backend="numpy", layers=(4, 6, 3), network=None, data=(X, T), resume=False, callbacks=(), **settings):
+    net = bp.Network(list(layers), seed=3, backend=backend, **(network or {}))
+    history = bp.train(
+        net, *data, save=path, resume=resume, callbacks=list(callbacks),
+        **{"epochs": EPOCHS, "batch_size": 14, "optimizer": "adam", **settings},
+    )  # fmt: skip
+    return net, history
+
+
+def cut(path, step, **settings):
+    with pytest.raises(Cut):
+        train(path, callbacks=[CutAfter(step)], **settings)
+
+
+KINDS = {
+    "plain": {},
+    "without slots": {"optimizer": bp.SGD(0.1)},
+    "one slot": {"optimizer": "momentum", "schedule": "one_cycle"},
+    "three slots": {"optimizer": "adam:amsgrad=true", "network": {"precision": "float64"}},
+    "nadam": {"optimizer": "nadam", "batches": "chunks"},
+    "masks": {"network": {"dropout": 0.3}, "label_smoothing": 0.1},
+    "penalties": {"l2": 0.01, "clip_norm": 0.5, "reduction": "sum", "optimizer": bp.SGD(0.01)},
+    "weights": {"class_weight": "balanced", "batches": "in_order"},
+    "patience": {"validation": 0.3, "patience": 1, "optimizer": bp.Adam(0.5), "epochs": 6},
+    "patience kept": {"validation": 0.3, "patience": 5},
+    "plateau": {"schedule": "plateau:patience=0,threshold=0.9", "validation": (X[:9], T[:9])},
+    "tolerances": {"parameter_tolerance": 1e-9, "gradient_tolerance": 1e-9, "gradient_norms": True},
+    "frozen": {"frozen": 1, "gradient_error": True},
+    "regression": {"network": {"output": "identity"}, "data": (X, X[:, :3]), "gradient_norms": True},
+    "one batch": {"batch_size": "full", "epochs": 9},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_is_cut_goes_on_to_the_same_bits(backend, tmp_path, kind):
+    settings = {"backend": backend.name, **KINDS[kind]}
+    net, history = train(tmp_path / "whole", **settings)
+    wanted = contents(tmp_path / "whole")
+    last = history.steps[-1]
+    for step in range(1, last, 1 if backend.name == "numpy" else 4):
+        path = tmp_path / str(step)
+        cut(path, step, **settings)
+        again, told = train(path, resume=True, **settings)
+        assert contents(path) == wanted
+        assert remembered(told) == remembered(history)
+        assert told.resumed == step
+        np.testing.assert_array_equal(to_host(again.theta), to_host(net.theta))
+        assert (again.cost, again.task) == (net.cost, net.task)
+
+
+@pytest.mark.parametrize("rung", ["eager", "replay", "compiled"])
+def test_on_every_rung_of_numpy(tmp_path, monkeypatch, rung):
+    """As a run that is cut again and again, after a step each time; its steps are taken many at a time else."""
+    monkeypatch.setenv("BACKPROP_GPU_EXECUTOR", rung)
+    monkeypatch.setenv("BACKPROP_GPU_FAST", "1" if rung == "compiled" else "0")
+    _, history = train(tmp_path / "whole")
+    assert history.executor.startswith(rung)
+    path = tmp_path / "cut"
+    for step in range(1, STEPS * EPOCHS + 1):
+        with pytest.raises(Cut):
+            train(path, resume=True, callbacks=[CutAfter(step)])
+    train(path, resume=True)
+    assert contents(path) == contents(tmp_path / "whole")
+
+
+def test_a_run_whose_data_is_streamed(tmp_path, monkeypatch):
+    monkeypatch.setenv("BACKPROP_GPU_DATA_LIMIT", "500")
+    with fake_cupy.installed():
+        _, history = train(tmp_path / "whole", backend="cupy")
+        assert "streamed" in history.executor
+        for step in (1, 3, 6, 8, 11):
+            cut(tmp_path / "cut", step, backend="cupy")
+            train(tmp_path / "cut", backend="cupy", resume=True)
+            assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_more_epochs_than_before(tmp_path):
+    """A run that is over goes on, with patience from its last parameters, not from its best ones."""
+    for settings in ({}, {"validation": 0.3, "patience": 9, "optimizer": bp.Adam(0.3)}):
+        _, wanted = train(tmp_path / "whole", **{**settings, "epochs": 5})
+        path = tmp_path / f"m{len(settings)}"
+        net, _ = train(path, **{**settings, "epochs": 2})
+        np.testing.assert_array_equal(bp.load(path, "numpy").theta, net.theta)
+        _, told = train(path, resume=True, **{**settings, "epochs": 5})
+        assert contents(path) == contents(tmp_path / "whole")
+        assert remembered(told) == remembered(wanted)
+        assert told.resumed == 2 * told.steps[0]
+
+
+def test_a_run_that_is_over_is_not_taken_up_again(tmp_path):
+    net, history = train(tmp_path / "m")
+    before = (tmp_path / "m").read_bytes()
+    other = bp.Network([4, 6, 3], seed=3, backend="numpy")
+    told = bp.train(
+        other, X, T, save=tmp_path / "m", resume=True, epochs=EPOCHS, batch_size=14, optimizer="adam",
+        callbacks=[lambda run: pytest.fail("an epoch")],
+    )  # fmt: skip
+    np.testing.assert_array_equal(other.theta, net.theta)
+    assert remembered(told) == remembered(history)
+    assert told.seconds == pytest.approx(history.seconds, abs=1e-6)
+    assert (tmp_path / "m").read_bytes() == before
+
+
+def test_what_ended_a_run_ends_it_for_good(tmp_path):
+    settings = {"validation": 0.3, "patience": 1, "optimizer": bp.Adam(0.5)}
+    _, history = train(tmp_path / "m", **{**settings, "epochs": 20})
+    assert history.stopped == "patience"
+    told = train(tmp_path / "m", resume=True, **{**settings, "epochs": 30})[1]
+    assert remembered(told) == remembered(history)
+
+
+def test_time_that_is_over_stays_over(tmp_path, monkeypatch):
+    """A limit on the time counts what went before; a run that it ends within an epoch is over."""
+    cut(tmp_path / "m", 2, time_limit=1e5)
+    monkeypatch.setattr("backprop_gpu.stopping.time.perf_counter", lambda: time.monotonic() + 2e5)
+    _, history = train(tmp_path / "m", time_limit=1e5, resume=True)
+    assert (history.stopped, history.steps) == ("epochs", [4, 8, 12])  # the clock of the file says otherwise
+    cut(tmp_path / "n", 2, time_limit=1e5)
+    started = loop.Loop.go_on_from
+
+    def later(self, found):
+        found.run.clock["elapsed"] = 1e5
+        started(self, found)
+
+    monkeypatch.setattr(loop.Loop, "go_on_from", later)
+    _, history = train(tmp_path / "n", time_limit=1e5, resume=True)
+    assert (history.stopped, history.steps) == ("time", [3])
+    again = train(tmp_path / "n", time_limit=1e5, resume=True)[1]
+    assert remembered(again) == remembered(history)
+
+
+@pytest.mark.parametrize("content", [None, b""], ids=["none", "empty"])
+def test_where_there_is_no_file_the_run_begins(tmp_path, content):
+    if content is not None:
+        (tmp_path / "m").write_bytes(content)
+    _, history = train(tmp_path / "m", resume=True)
+    assert history.resumed is None
+    train(tmp_path / "whole")
+    assert contents(tmp_path / "m") == contents(tmp_path / "whole")
+
+
+OTHER = {
+    "lr of optimizer is 0.5, not 0.002": {"optimizer": bp.Adam(0.5)},
+    "betas of optimizer is [0.8, 0.9], not [0.9, 0.999]": {"optimizer": bp.Adam(2e-3, betas=(0.8, 0.9))},
+    "optimizer is SGD, not Adam": {"optimizer": bp.SGD(0.1)},
+    "schedule is Cosine, not Constant": {"schedule": "cosine"},
+    "batch_size is 7, not 14": {"batch_size": 7},
+    "batches is in_order, not shuffled": {"batches": "in_order"},
+    "seed is 1, not 0": {"seed": 1},
+    "layers is [4, 7, 3], not [4, 6, 3]": {"layers": (4, 7, 3)},
+    "hidden is tanh, not relu": {"network": {"hidden": "tanh"}},
+    "output is sigmoid, not softmax": {"network": {"output": "sigmoid"}, "cost": "squared_error"},
+    "init is glorot, not he": {"network": {"init": "glorot"}},
+    "bias is False, not True": {"network": {"bias": False}},
+    "precision is float64, not float32": {"network": {"precision": "float64"}},
+    "dropout is 0.5, not 0.0": {"network": {"dropout": 0.5}},
+    "cost is squared_error, not cross_entropy": {"cost": "squared_error"},
+    "reduction is sum, not mean": {"reduction": "sum"},
+    "l1 is 0.1, not 0.0": {"l1": 0.1},
+    "l2 is 0.1, not 0.0": {"l2": 0.1},
+    "clip_norm is 1.0, not None": {"clip_norm": 1.0},
+    "clip_value is 1.0, not None": {"clip_value": 1.0},
+    "label_smoothing is 0.1, not 0.0": {"label_smoothing": 0.1},
+    "frozen is 1, not 0": {"frozen": 1},
+    "retreats is 2, not 0": {"retreats": 2},
+    "time_limit is 9.0, not None": {"time_limit": 9},
+    "parameter_tolerance is 0.0, not None": {"parameter_tolerance": 0},
+    "gradient_tolerance is 0.0, not None": {"gradient_tolerance": 0},
+    "gradient_norms is True, not False": {"gradient_norms": True},
+    "gradient_error is True, not False": {"gradient_error": True},
+    "validation is other data": {"validation": (X, T)},
+    "X of data is other data": {"data": (X + 1, T)},
+    "T of data is other data": {"data": (X, T[::-1].copy())},
+    "weights of data is other data": {"sample_weight": np.arange(1, 51)},
+    "samples is 49, not 50": {"data": (X[1:], T[1:])},
+    "epochs is 2, not 3": {"epochs": 2},
+}
+
+
+@pytest.mark.parametrize("words", OTHER)
+def test_other_settings_are_refused_by_name(tmp_path, words):
+    path = tmp_path / "m"
+    cut(path, 5)
+    before = path.read_bytes()
+    with pytest.raises(bp.ConfigError) as e:
+        train(path, resume=True, **OTHER[words])
+    assert e.value.cause.startswith(words), e.value.cause
+    assert path.read_bytes() == before
+
+
+def test_patience_is_a_setting(tmp_path):
+    cut(tmp_path / "m", 5, validation=0.3)
+    with pytest.raises(bp.ConfigError, match="patience is 3, not None"):
+        train(tmp_path / "m", resume=True, validation=0.3, patience=3)
+
+
+def test_a_schedule_of_ones_own_is_known_by_what_it_makes(tmp_path):
+    cut(tmp_path / "m", 5, schedule=lambda step, total: 1 / (step + 1))
+    with pytest.raises(bp.ConfigError, match="the schedule makes lr"):
+        train(tmp_path / "m", resume=True, schedule=lambda step, total: 1 / (step + 2))
+    train(tmp_path / "m", resume=True, schedule=lambda step, total: 1 / (step + 1))
+
+
+def test_functions_of_ones_own_go_on(tmp_path):
+    square = bp.Activation.of("square", lambda xp, Z: Z * Z, lambda xp, Z: 2 * Z)
+    own = bp.Cost.of("own", lambda xp, Y, T: ((Y - T) ** 2).sum(axis=1), lambda xp, Y, T: 2 * (Y - T))
+    settings = {"network": {"hidden": square, "output": "tanh"}, "cost": own, "optimizer": bp.SGD(0.01)}
+    train(tmp_path / "whole", **settings)
+    cut(tmp_path / "m", 5, **settings)
+    train(tmp_path / "m", resume=True, **settings)
+    assert contents(tmp_path / "m") == contents(tmp_path / "whole")
+
+
+def test_a_network_without_a_run_is_nothing_to_go_on_from(tmp_path):
+    bp.save(bp.Network([4, 6, 3], backend="numpy"), tmp_path / "m")
+    with pytest.raises(bp.CheckpointError, match="no run to go on with"):
+        train(tmp_path / "m", resume=True)
+
+
+@pytest.mark.parametrize("settings", [{"resume": True}, {"checkpoint_every": "2 epochs"}])
+def test_without_a_file_there_is_nothing_to_keep(settings):
+    with pytest.raises(bp.ConfigError, match="without save"):
+        train(None, **settings)
+
+
+def test_nothing_of_the_network_changes_where_the_file_is_bad(tmp_path):
+    cut(tmp_path / "m", 5)
+    content = bytearray((tmp_path / "m").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "m").write_bytes(content)
+    net = bp.Network([4, 6, 3], seed=3, backend="numpy")
+    before = net.theta.copy()
+    with pytest.raises(bp.CheckpointError, match="is not what was saved"):
+        bp.train(net, X, T, epochs=3, batch_size=14, save=tmp_path / "m", resume=True)
+    np.testing.assert_array_equal(net.theta, before)
+
+
+def test_elsewhere_is_told(tmp_path):
+    cut(tmp_path / "m", 5)
+    with fake_cupy.installed(), pytest.warns(UserWarning, match=r"elsewhere than it began \(backend cupy, not numpy"):
+        train(tmp_path / "m", backend="cupy", resume=True)
+
+
+# ------------------------------------------------------------------------------------------- when it is written
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The steps after which a file was written."""
+    steps, plain = [], checkpoint.write
+
+    def noted(net, path, run=None):
+        steps.append(run.step)
+        plain(net, path, run)
+
+    monkeypatch.setattr(checkpoint, "write", noted)
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("every", "wanted"),
+    [
+        ("5 steps", [5, 10, 12]),
+        ("1 step", list(range(1, 13))),
+        ("4 steps", [4, 8, 12, 12]),  # after the epoch's last step, and when the run is over
+        ("2 epochs", [8, 12]),
+        ("1 epoch", [4, 8, 12]),
+        ("1 hour", [12]),
+        ("0.000001 seconds", list(range(1, 13))),
+        (None, [12]),
+    ],
+)
+def test_when_a_checkpoint_is_due(backend, tmp_path, written, every, wanted):
+    looks = [CutAfter(99)] if every and "seconds" in every else []  # steps are looked after one by one
+    train(tmp_path / "m", checkpoint_every=every, callbacks=looks, backend=backend.name)
+    assert [step for i, step in enumerate(written) if step not in written[:i]] == sorted(set(wanted))
+    assert bp.load(tmp_path / "m", "numpy").layers == [4, 6, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("500 steps", Interval(steps=500)), (" 1 epoch ", Interval(epochs=1)), ("5 minutes", Interval(seconds=300)),
+        ("1.5hours", Interval(seconds=5400)), ("90 second", Interval(seconds=90)),
+    ],
+)  # fmt: skip
+def test_intervals(text, wanted):
+    assert Interval.of(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "text", ["", "steps", "0 steps", "-1 steps", "1.5 epochs", "5", "5 weeks", "9" * 99 + " steps", 5]
+)
+def test_intervals_that_are_none(tmp_path, text):
+    with pytest.raises(bp.ConfigError, match="checkpoint_every is"):
+        train(tmp_path / "m", checkpoint_every=text)
+
+
+def test_a_checkpoint_changes_nothing(tmp_path):
+    train(tmp_path / "a")
+    train(tmp_path / "b", checkpoint_every="1 step")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+# --------------------------------------------------------------------------------------------- when it fails
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """A disk that is full while `full.now`."""
+    plain = os.fsync
+
+    def fsync(file):
+        if fsync.now:
+            raise OSError(28, "No space left on device")
+        plain(file)
+
+    fsync.now = True
+    monkeypatch.setattr(os, "fsync", fsync)
+    return fsync
+
+
+def test_a_checkpoint_that_fails_ends_the_run_with_the_old_file_whole(tmp_path, full):
+    full.now = False
+    cut(tmp_path / "m", 5)
+    before, full.now = (tmp_path / "m").read_bytes(), True
+    with pytest.raises(bp.CheckpointError, match="No space left") as e:
+        train(tmp_path / "m", resume=True, checkpoint_every="2 steps")
+    assert e.value.errno == 28
+    assert e.value.__notes__ == [f"{tmp_path / 'm'} holds the run after step 5"]
+    assert (tmp_path / "m").read_bytes() == before
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_a_checkpoint_that_fails_may_be_a_warning_but_the_last_one_is_not(tmp_path, full):
+    def later(run):
+        full.now = run.epoch == 3
+
+    kept = {"checkpoint_every": "2 epochs", "on_checkpoint_error": "warn", "callbacks": [later]}
+    with pytest.raises(bp.CheckpointError, match="No space left"):
+        train(tmp_path / "m", **kept)
+    full.now = True
+    kept["callbacks"] = [lambda run: setattr(full, "now", run.epoch < 3)]
+    with pytest.warns(UserWarning, match="no checkpoint of step 8: .*No space left on device; the run goes on"):
+        train(tmp_path / "m", **kept)
+    assert report.model(tmp_path / "m")["run"]["step"] == 12
+
+
+def test_what_to_do_then_is_one_of_two(tmp_path):
+    with pytest.raises(bp.ConfigError, match="on_checkpoint_error is 'ignore'"):
+        train(tmp_path / "m", on_checkpoint_error="ignore")
+
+
+def test_an_error_in_a_callback_loses_nothing(tmp_path):
+    def fails(run):
+        if run.epoch == 2:
+            raise KeyError("oh")
+
+    with pytest.raises(KeyError) as e:
+        train(tmp_path / "m", callbacks=[fails])
+    assert e.value.__notes__[-1] == f"{tmp_path / 'm'} holds the run after step 8"
+    called = []
+    train(tmp_path / "m", callbacks=[lambda run: called.append(run.epoch)], resume=True)
+    assert called == [2, 3]  # the epoch is closed once more
+    train(tmp_path / "whole")
+    assert contents(tmp_path / "m") == contents(tmp_path / "whole")
+
+
+def test_an_error_in_a_callback_and_a_full_disk(tmp_path, full):
+    def fails(run):
+        raise KeyError("oh")
+
+    with pytest.raises(KeyError) as e:
+        train(tmp_path / "m", callbacks=[fails])
+    assert "the run could not be saved" in e.value.__notes__[-1]
+
+
+def test_a_second_signal_while_saving_leaves_the_old_file(tmp_path, monkeypatch):
+    cut(tmp_path / "m", 2)
+    before = (tmp_path / "m").read_bytes()
+
+    def twice(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(os, "replace", twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "m", resume=True, checkpoint_every="3 steps")
+    assert (tmp_path / "m").read_bytes() == before
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_a_signal_while_the_run_ends_comes_after_the_save(tmp_path, monkeypatch):
+    plain = os.replace
+
+    def once(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        plain(*args)
+
+    monkeypatch.setattr(os, "replace", once)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "m")
+    assert checkpoint.read(tmp_path / "m", "numpy").run.stopped == "epochs"
+
+
+# --------------------------------------------------------------------------------------------- divergence
+
+SCHEDULE = {"optimizer": bp.SGD(0.1), "cost": "squared_error", "network": {"output": "identity"}}
+
+
+def burst(step, total):
+    """A learning rate that makes parameters in the seventh step whose cost, in the eighth, is not finite."""
+    return 1e30 if step == 6 else 1.0
+
+
+def test_a_run_that_diverges_leaves_the_file_before_it(tmp_path):
+    with pytest.raises(bp.DivergenceError) as e:
+        train(tmp_path / "m", schedule=burst, checkpoint_every="1 epoch", **SCHEDULE)
+    assert (e.value.epoch, e.value.step) == (2, 8)
+    assert e.value.cost == pytest.approx(0.5, abs=0.5)
+    assert f"(cost before it {e.value.cost:g})" in e.value.cause
+    assert e.value.__notes__ == [f"{tmp_path / 'm'} holds the run after step 4"]
+    assert checkpoint.read(tmp_path / "m", "numpy").run.step == 4
+
+
+def test_without_an_earlier_one_it_leaves_the_last_finite_state(backend, tmp_path):
+    net = bp.Network([4, 6, 3], output="identity", seed=3, backend=backend.name)
+    with pytest.raises(bp.DivergenceError):
+        bp.train(
+            net, X, T, "squared_error", bp.SGD(0.1), burst, EPOCHS, 14, save=tmp_path / "m"
+        )  # fmt: skip
+    found = checkpoint.read(tmp_path / "m", "numpy")
+    assert found.run.step == 7
+    np.testing.assert_array_equal(found.net.theta, to_host(net.theta))
+    assert np.isfinite(found.net.theta).all()
+
+
+class Halved:
+    """1e30 in the seventh step, unless it has been seen twice."""
+
+    def __init__(self, times):
+        self.times = times
+
+    def __call__(self, step, total):
+        if step == 6 and self.times > 0:
+            self.times -= 1
+            return 1e30
+        return 1.0
+
+
+def test_a_retreat_goes_back_to_the_start_of_the_epoch_with_half_the_rate(backend, tmp_path):
+    class Halving:
+        """What it would have been: the first epoch, then half."""
+
+        def __call__(self, step, total):
+            return 1.0 if step < 4 else 0.25
+
+    where = {"backend": backend.name, **SCHEDULE}
+    wanted, straight = train(tmp_path / "a", schedule=Halving(), **where)
+    with pytest.warns(UserWarning, match=r"training diverged in epoch 2, step 8.*back to the start of epoch 2") as told:
+        net, history = train(tmp_path / "b", schedule=Halved(2), retreats=3, **where)
+    assert len(told) == 2
+    np.testing.assert_array_equal(to_host(net.theta), to_host(wanted.theta))
+    assert history.retreats == [8, 8]
+    assert history.lr == straight.lr == [0.1, 0.025, 0.025]
+    assert history.train_cost == straight.train_cost
+    assert history.steps == [4, 8, 12]
+
+
+def test_retreats_come_to_an_end(tmp_path):
+    with pytest.warns(UserWarning, match=r"\d of 2 times") as told, pytest.raises(bp.DivergenceError) as e:
+        train(tmp_path / "m", schedule=burst, retreats=2, **SCHEDULE)
+    assert len(told) == 2
+    assert e.value.learning_rate == 0.1 / 4
+
+
+@pytest.mark.filterwarnings("ignore:training diverged")
+def test_a_run_that_retreats_goes_on_to_the_same_bits(backend, tmp_path):
+    """Slots too go back; a run cut within the epoch knows where that began, and how often it went back."""
+    settings = {"retreats": 60, "optimizer": bp.SGD(1e12, momentum=0.5), "epochs": 6, "backend": backend.name}
+    settings |= {"network": {"output": "identity"}, "cost": "squared_error", "layers": (4, 3)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, history = train(tmp_path / "whole", **settings)
+        assert len(history.retreats) > 3
+        for step in range(1, 24, 3):
+            cut(tmp_path / "m", step, **settings)
+            _, told = train(tmp_path / "m", resume=True, **settings)
+            assert contents(tmp_path / "m") == contents(tmp_path / "whole")
+            assert told.retreats == history.retreats
+
+
+def test_the_number_of_retreats_is_one(tmp_path):
+    for number in (-1, 1.5, "many"):
+        with pytest.raises(bp.ConfigError, match="retreats is"):
+            train(tmp_path / "m", retreats=number)
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+def test_a_save_that_is_killed_at_any_of_its_system_calls_loses_nothing(tmp_path):
+    found = killed.saves(tmp_path, at="every call")
+    assert found["lost"] == []
+    assert found["kills"] >= 2 * 20  # before and after each call
+    assert found["old"] > 10
+    assert found["new"] >= 4
+    assert found["left_behind"] == 0
+
+
+def test_a_save_that_is_killed_at_random_loses_nothing(tmp_path):
+    found = killed.saves(tmp_path, at="random", kills=1000 if SLOW else 60)
+    assert found["lost"] == []
+    assert found["old"]
+    assert found["new"]
+    assert found["left_behind"] == 0
+
+
+def test_a_training_process_that_is_killed_at_random_goes_on_to_the_same_bits(tmp_path):
+    found = killed.runs(tmp_path, cuts=100 if SLOW else 8)
+    assert found["different"] == []
+    assert found["kills"] >= found["cuts"]
+
+
+def test_killed_by_the_kernel_the_command_line_goes_on(tmp_path):
+    """Whole processes: SIGKILL, SIGTERM, then to the end; beside one that was never stopped."""
+    rng = np.random.default_rng(1)
+    arrays = {"x_train": rng.normal(size=(4000, 20)), "y_train": rng.integers(0, 4, 4000)}
+    np.savez(tmp_path / "d.npz", **arrays)
+    command = [sys.executable, "-m", "backprop_gpu", "train", "--data", str(tmp_path / "d.npz"), "--layers", "20,30,4"]
+    command += ["--epochs", "60", "--batch-size", "20", "--json", "--checkpoint-every", "50 steps"]
+
+    def start(name, *more):
+        return subprocess.Popen([*command, "--save", str(tmp_path / name), *more], stdout=-1, stderr=-1, text=True)
+
+    def kept(process, before):
+        """Wait for a checkpoint."""
+        while process.poll() is None and (
+            not (tmp_path / "cut").exists() or os.stat(tmp_path / "cut").st_ino == before
+        ):
+            time.sleep(0.01)
+
+    whole = start("whole")
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143)):
+        before = os.stat(tmp_path / "cut").st_ino if (tmp_path / "cut").exists() else None
+        with start("cut", "--resume") as process:
+            kept(process, before)
+            process.send_signal(number)
+            process.communicate(timeout=60)
+        assert process.returncode == code
+    with start("cut", "--resume") as process:
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert whole.communicate(timeout=120)[1] == f"saved to {tmp_path / 'whole'}\n"
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert json.loads(out)["resumed"] > 0
+    assert f"the run in {tmp_path / 'cut'} went on after step {json.loads(out)['resumed']}" in err
+
+
+# ---------------------------------------------------------------------------------------------------- files
+
+
+def test_what_killed_writers_left_is_swept_and_what_lives_is_not(tmp_path):
+    (tmp_path / f"{files.PREFIX}1-abc{files.SUFFIX}").write_bytes(b"dead")
+    (tmp_path / "other.tmp").write_bytes(b"somebody's")
+    file, alive = files._locked(tmp_path)
+    with file:
+        bp.save(bp.Network([2, 2], backend="numpy"), tmp_path / "m")
+        assert sorted(os.listdir(tmp_path)) == sorted([alive.name, "m", "other.tmp"])
+
+
+def test_where_there_are_no_locks_the_age_tells(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_lock", lambda file: None)
+    for name, age in (("young", 0), ("old", 2 * files.MOST_AGE)):
+        path = tmp_path / f"{files.PREFIX}{name}{files.SUFFIX}"
+        path.write_bytes(b"")
+        os.utime(path, (time.time() - age,) * 2)
+    bp.save(bp.Network([2, 2], backend="numpy"), tmp_path / "m")
+    assert sorted(os.listdir(tmp_path)) == [f"{files.PREFIX}young{files.SUFFIX}", "m"]
+
+
+def test_a_sweeper_that_comes_between_creation_and_lock(tmp_path, monkeypatch):
+    plain, swept = files._lock, []
+
+    def after_a_sweep(file):
+        if not swept:
+            swept.extend(tmp_path.iterdir())
+            swept[0].unlink()
+        return plain(file)
+
+    monkeypatch.setattr(files, "_lock", after_a_sweep)
+    file, temporary = files._locked(tmp_path)
+    with file:
+        assert os.path.sameopenfile(file.fileno(), file.fileno())
+        assert [temporary] == list(tmp_path.iterdir())
+        assert temporary != swept[0]
+
+
+def test_two_writers_and_a_reader(tmp_path):
+    """Whatever the reader finds is one of the two, whole."""
+    script = """
+import sys
+import backprop_gpu as bp
+net = bp.Network([30, 40, 5], backend="numpy")
+for i in range(150):
+    net.theta[net.theta != 0] = float(sys.argv[2])
+    bp.save(net, sys.argv[1])
+"""
+    path = tmp_path / "m"
+    writers = [subprocess.Popen([sys.executable, "-c", script, str(path), str(n)]) for n in (1, 2)]
+    seen = set()
+    while any(process.poll() is None for process in writers):
+        if path.exists():
+            theta = bp.load(path, "numpy").theta
+            seen.add(tuple(np.unique(theta[theta != 0]).tolist()))
+    assert [process.returncode for process in writers] == [0, 0]
+    assert seen <= {(1.0,), (2.0,)}
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_a_directory_that_cannot_be_flushed(tmp_path, monkeypatch):
+    plain, net = os.fsync, bp.Network([2, 2], backend="numpy")
+
+    def fails(number):
+        def fsync(file):
+            if os.path.isdir(f"/proc/self/fd/{file}"):
+                raise OSError(number, os.strerror(number))
+            plain(file)
+
+        return fsync
+
+    monkeypatch.setattr(os, "fsync", fails(22))  # a file system that has no such thing
+    bp.save(net, tmp_path / "m")
+    monkeypatch.setattr(os, "fsync", fails(5))
+    with pytest.raises(bp.CheckpointError, match="is written, but its directory cannot be flushed"):
+        bp.save(net, tmp_path / "m")
+    assert bp.load(tmp_path / "m", "numpy").layers == [2, 2]
+
+
+def test_weights_that_are_not_contiguous_are_saved_as_they_are(tmp_path):
+    """The library that writes tensors mixes up what is not in C's order."""
+    net = bp.Network([5, 3, 2], seed=1, backend="numpy")
+    views = net._views
+    views.W = (None, np.asfortranarray(net.W[1]), net.W[2][::-1][::-1])
+    bp.save(net, tmp_path / "m")
+    np.testing.assert_array_equal(bp.load(tmp_path / "m", "numpy").theta, net.theta)
+    np.testing.assert_array_equal(load_tensors((tmp_path / "m").read_bytes())["layer.1.weight"], net.W[1])
+
+
+def test_too_many_layers_for_a_header_that_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MAX_HEADER", 2000)
+    bp.save(bp.Network([2, 2], backend="numpy"), tmp_path / "m")
+    with pytest.raises(bp.CheckpointError, match="its header takes"):
+        bp.save(bp.Network([2] * 40, backend="numpy"), tmp_path / "n")
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_the_seconds_of_very_many_epochs_are_told_as_their_mean(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "MOST_SECONDS", 2)
+    _, history = train(tmp_path / "m")
+    told = train(tmp_path / "m", resume=True)[1]
+    assert told.seconds == pytest.approx([sum(history.seconds) / 3] * 3, abs=1e-5)
+
+
+def test_where_the_path_leads_is_found_at_once(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    train("m", checkpoint_every="1 epoch", callbacks=[lambda run: os.chdir("there") if run.epoch == 1 else None])
+    assert checkpoint.read(tmp_path / "m", "numpy").run.step == 12
+    assert os.listdir(tmp_path / "there") == []
+
+
+def test_backends_are_told_of_what_is_in_a_file(tmp_path):
+    train(tmp_path / "m")
+    found = report.model(tmp_path / "m")
+    assert found["run"]["where"]["backend"] == backends.choose("numpy").name
+    assert found["run"]["history"]["steps"] == [4, 8, 12]
+    text = report.model_text(found)
+    for words in ("4/6/3, 51 parameters", "3 of 3 epochs, 12 of 12 steps: over", "Adam(", "steps 12"):
+        assert words in text
