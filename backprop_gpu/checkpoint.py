@@ -52,7 +52,7 @@ COLUMNS = ("train_cost", "train_accuracy", "validation_cost", "validation_accura
 ENDS = ("epochs", "gradient", "still", "patience", "time", "callback")  # why a run is over
 _PROGRESS = {
     "epochs", "epoch", "position", "step", "lr", "samples", "stopped", "best_epoch", "gradient_error", "retreats",
-    "good_epoch", "first_cost", "slots", "vectors", "columns",
+    "good_epoch", "first_cost", "began", "slots", "vectors", "columns",
 }  # fmt: skip
 
 
@@ -72,8 +72,8 @@ class RunState:
     mean cost of its first step. `measured` (position, 2): what the steps of the epoch under way were judged by.
     `columns`: of the history, `COLUMNS`, an entry an epoch.
 
-    `where`: backend, device, rung and versions, on which the last bits depend. `clock`: `seconds` of each epoch,
-    `under_way` of the one after these, `elapsed` in all.
+    `began`: the SHA-256 of the parameters that it began with. `where`: backend, device, rung and versions, on which the
+    last bits depend. `clock`: `seconds` of each epoch, `under_way` of the one after these, `elapsed` in all.
     """
 
     settings: dict[str, Any]
@@ -93,6 +93,7 @@ class RunState:
     vectors: dict[str, np.ndarray] = field(default_factory=dict)
     measured: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
     columns: dict[str, np.ndarray] = field(default_factory=dict)
+    began: str = ""
     where: dict[str, Any] = field(default_factory=dict)
     clock: dict[str, Any] = field(default_factory=dict)
 
@@ -298,6 +299,8 @@ def _run_of(net: Network, clock: Any, progress: Any, settings: Any, where: Any) 
     _whole("step", run.step, 1 if run.stopped == "time" else at, at)
     _whole("samples", run.samples, 0, run.epochs * settings["samples"])
     _whole("slots", progress["slots"], 0, 9)
+    if type(run.began) is not str or type(where) is not dict:
+        raise ValueError("the run's beginning or place is nothing to be told")
     if not (run.stopped is None or run.stopped in ENDS):
         raise ValueError(f"the run ended by {_short(run.stopped)}")
     if (run.stopped is None) == (run.epoch == run.epochs) and run.stopped in (None, "epochs"):
@@ -311,7 +314,7 @@ def _run_of(net: Network, clock: Any, progress: Any, settings: Any, where: Any) 
     numbers += [x for x in (run.gradient_error, run.first_cost) if x is not None]
     if not all(type(x) in (int, float) and 0 <= x < math.inf for x in numbers):
         raise ValueError("the run's lr, costs or clock are no numbers from 0")
-    if len(clock["seconds"]) not in (1, run.epoch) or type(where) is not dict:
+    if len(clock["seconds"]) not in (1, run.epoch):
         raise ValueError("the run's clock does not fit its epochs")
     run.slots = [np.zeros(0)] * progress["slots"]
     run.vectors = dict.fromkeys(progress["vectors"], np.zeros(0))

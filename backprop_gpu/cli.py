@@ -37,7 +37,7 @@ from .history import Run
 from .initializers import INITIALIZERS
 from .network import PRECISIONS, Network
 from .optimizers import OPTIMIZERS, Optimizer, choose_optimizer
-from .resume import ON_ERROR
+from .resume import ON_ERROR, digest
 from .schedules import SCHEDULES, Warmup, choose_schedule
 
 PROGRAM = "backprop-gpu"
@@ -312,6 +312,8 @@ def train(
         net.carry_over(checkpoint.load_network(pretrained, setup.where), 1 if carry_over is None else carry_over)
     elif carry_over is not None:
         raise ConfigError("--carry-over without --pretrained", "name the model to take layers from")
+    if settings["resume"] and save is not None:
+        _refuse_another_beginning(net, save)
     if test_set is not None:
         training.check_data(net, *test_set, cost=setup.cost)  # before the training, not after it
     with report.ProgressBar() as bar:
@@ -369,6 +371,18 @@ def train(
     if settings["gradient_norms"]:
         result["gradient_norms"] = history.gradient_norms
     _print(result, report.summary(result, net.backend.reason), as_json)
+
+
+def _refuse_another_beginning(net: Network, save: Path) -> None:
+    """Parameters taken over from another model are no setting that the file of a run would tell."""
+    if not save.is_file() or not save.stat().st_size:
+        return
+    found = checkpoint.read(save, net.backend.name)
+    alike = all(getattr(found.net, name) == getattr(net, name) for name in checkpoint.SETTINGS)
+    if alike and found.run and found.run.began != digest(net.theta):
+        raise ConfigError(
+            f"{save}: the run began with other parameters", "give the --pretrained and --carry-over of then"
+        )
 
 
 def _outputs(data: str, labels: np.ndarray, are_labels: bool) -> int:

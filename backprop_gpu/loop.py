@@ -25,7 +25,7 @@ from .interrupts import WholeSteps
 from .network import CHUNK_ROWS, Batch, Views, backward, forward
 from .optimizers import Optimizer
 from .regularization import Regularization
-from .resume import Checkpoints, whereabouts
+from .resume import Checkpoints, digest, whereabouts
 from .schedules import Schedule, during
 from .stopping import Ending
 from .tally import Tally, tally_for
@@ -79,6 +79,7 @@ class Loop:
         self._first_cost: float | None = None
         self._last: Array | None = None  # parameters, where the network has better ones
         self._before = net.criterion, net.task
+        self._theta_at_first = digest(net.theta) if self.checkpoints else ""
         self._saving = False
         self._lrs: Sequence[float] = ()  # of the steps of the epoch under way
         self._tally: Tally | None = None
@@ -293,7 +294,7 @@ class Loop:
             history.best_epoch, error if error is None or math.isfinite(error) else None, list(history.retreats),
             self._good_epoch, self._first_cost,
             [to_host(slot) for slot in self.executor.slots], vectors, to_host(self.executor.measured)[: self._position],
-            columns, whereabouts(run.net.backend, self.executor.told),
+            columns, self._theta_at_first, whereabouts(run.net.backend, self.executor.told),
             {"seconds": seconds, "under_way": self._under_way, "elapsed": time.perf_counter() - self._began},
         )  # fmt: skip
 
@@ -348,6 +349,7 @@ class Loop:
             run.net.criterion, run.net.task = self.learned
         self._good = {name: place(a) for name, a in state.vectors.items() if name.startswith("good")}
         self._good_epoch, self._first_cost = state.good_epoch, state.first_cost
+        self._theta_at_first = state.began
         if "start" in state.vectors:
             self._start = place(state.vectors["start"])
         self.executor.measured[: state.position] = place(state.measured)

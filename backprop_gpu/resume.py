@@ -175,16 +175,17 @@ def described(value: Any) -> Any:
 def digests(samples: Samples) -> dict[str, str | None]:
     """SHA-256 of the data as it is trained on: X, T and weights."""
     return {
-        name: None if a is None else _digest(a)
+        name: None if a is None else digest(a)
         for name, a in zip(_DATA, (samples.X, samples.T, samples.weights), strict=False)
     }
 
 
-def _digest(a: Array) -> str:
+def digest(a: Array) -> str:
+    """SHA-256 of an array: dtype, shape and elements."""
     host = np.ascontiguousarray(to_host(a))
-    digest = hashlib.sha256(f"{host.dtype.str}{host.shape}".encode())
-    digest.update(host.data)
-    return digest.hexdigest()
+    found = hashlib.sha256(f"{host.dtype.str}{host.shape}".encode())
+    found.update(host.data)
+    return found.hexdigest()
 
 
 def whereabouts(be: Backend, executor: str) -> dict[str, Any]:

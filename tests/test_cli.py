@@ -93,8 +93,73 @@ def test_the_same_seed_gives_the_same_file(tmp_path, folder):
     contents = []
     for name in ("a", "b"):
         run("train", "--data", folder, "--epochs", 3, "--seed", 7, "--batch-size", 4, "--save", tmp_path / name)
-        contents.append((tmp_path / name).read_bytes())
+        contents.append(without_the_clock(tmp_path / name))
     assert contents[0] == contents[1]
+
+
+def test_a_run_is_taken_up_again(tmp_path, folder):
+    """Cut by its own number of epochs; then over; then with other settings; the JSON is that of the whole run."""
+    args = ["train", "--data", folder, "--schedule", "constant", "--batch-size", 4, "--resume", "--json"]
+    whole = last_json(run(*args, "--epochs", 4, "--save", tmp_path / "whole"))
+    assert "resumed" not in whole
+    run(*args, "--epochs", 2, "--save", tmp_path / "m", "--checkpoint-every", "1 step")
+    told = run(*args, "--epochs", 4, "--save", tmp_path / "m")
+    assert told.stderr == f"the run in {tmp_path / 'm'} went on after step 4\nsaved to {tmp_path / 'm'}\n"
+    assert without_the_clock(tmp_path / "m") == without_the_clock(tmp_path / "whole")
+    again = run(*args, "--epochs", 4, "--save", tmp_path / "m")
+    assert again.stderr == f"the run in {tmp_path / 'm'} is over since step 8\n"
+    clock = ("train_seconds", "samples_per_second")
+    for done, resumed in ((told, 4), (again, 8)):
+        assert {k: v for k, v in last_json(done).items() if k not in clock} == {
+            **{k: v for k, v in whole.items() if k not in clock}, "resumed": resumed,
+        }  # fmt: skip
+    more = [*args[:-2], "--epochs", 4, "--save", tmp_path / "m", "--resume"]
+    refused(*more, "--lr", 0.5, code=2, cause="lr of optimizer is 0.5, not 0.002 as in the run that")
+    refused(*more, "--layers", "4,7,3", code=2, cause="layers is [4, 7, 3], not [4, 512, 3]")
+    refused(*more, "--batch-size", 3, code=2, cause="batch_size is 3, not 4")
+    refused(*more, "--epochs", 3, code=2, cause="epochs is 3, not 4")
+
+
+def test_taking_layers_over_once_more_is_refused_where_they_are_others(tmp_path, folder):
+    args = ["train", "--data", folder, "--layers", "4,5,3", "--epochs", 1]
+    for seed in (1, 2):
+        run(*args, "--seed", seed, "--save", tmp_path / f"first{seed}")
+    kept = [*args, "--save", tmp_path / "m", "--resume", "--pretrained"]
+    run(*kept, tmp_path / "first1")
+    run(*kept, tmp_path / "first1")
+    refused(*kept, tmp_path / "first2", code=2, cause="the run began with other parameters")
+    refused(*args, "--save", tmp_path / "m", "--resume", code=2, cause="the run began with other parameters")
+
+
+def test_a_run_that_retreats(folder):
+    args = ["train", "--data", folder, "--output", "identity", "--optimizer", "sgd", "--lr", 1e12, "--epochs", 2]
+    done = run(*args, "--layers", "4,3", "--batch-size", 1, "--retreats", 99, "--json")
+    assert last_json(done)["retreats"]
+    assert "warning: training diverged in epoch 1" in done.stderr
+
+
+def test_doctor_explains_a_file(tmp_path, folder):
+    run("train", "--data", folder, "--layers", "4,5,3", "--epochs", 2, "--save", tmp_path / "m", "--validation", 0.3)
+    found = last_json(run("doctor", tmp_path / "m", "--json"))
+    assert (found["sound"], found["layers"], found["parameters"], found["format_version"]) == (True, [4, 5, 3], 43, "3")
+    assert (found["run"]["step"], found["run"]["stopped"]) == (2, "epochs")
+    assert found["run"]["settings"]["optimizer"]["name"] == "Adam"
+    text = run("doctor", tmp_path / "m").stdout
+    assert "2 of 2 epochs, 2 of 2 steps: over, by its epochs" in text
+    bp.save(bp.load(tmp_path / "m", "numpy"), tmp_path / "alone")
+    assert "none: a network alone" in run("doctor", tmp_path / "alone").stdout
+    content = bytearray((tmp_path / "m").read_bytes())
+    content[-9] ^= 1
+    (tmp_path / "m").write_bytes(content)
+    refused("doctor", tmp_path / "m", code=1, cause="is damaged")
+
+
+def without_the_clock(path):
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    del header["__metadata__"]["clock"]
+    return header, content[end:]
 
 
 @pytest.mark.parametrize("layers", ["4,8,3", "4-8-3", "4/8/3", " 4, 8, 3 "])
@@ -340,6 +405,11 @@ def test_help_and_version():
             "cost 'cross_entropy' does not go with output 'tanh'",
         ),
         (["train", "--precision", "float16"], "unknown precision 'float16'"),
+        (["train", "--resume"], "resume without save"),
+        (["train", "--checkpoint-every", "2 epochs"], "checkpoint_every without save"),
+        (["train", "--checkpoint-every", "often", "--save", "m"], "checkpoint_every is 'often'"),
+        (["train", "--on-checkpoint-error", "ignore"], "unknown choice 'ignore'"),
+        (["train", "--retreats", "-1"], "retreats is -1"),
         (["evaluate"], "Missing argument 'MODEL'"),
         (["predict", "model"], "Missing argument 'FILE'"),
     ],
@@ -359,6 +429,7 @@ def test_bad_flags_exit_2(folder, args, cause):
         (["train", "--save", "no/such/place"], "there is no directory"),
         (["train", "--backend", "cupy"], "CuPy is not installed"),
         (["evaluate", "nothing"], "nothing cannot be read"),
+        (["doctor", "nothing"], "nothing cannot be read"),
         (["predict", "nothing", "x.npy"], "nothing cannot be read"),
     ],
 )
