@@ -16,14 +16,14 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from . import blas, cuda_source
+from . import blas, cuda_source, gpu_faults
 from .activations import Array
 from .errors import BackendError, ConfigError, lookup
 
@@ -70,17 +70,26 @@ class Backend:
     fast: bool = False
 
     def active(self) -> contextlib.AbstractContextManager[Any]:
-        """The context in which arrays of this backend are made and used."""
-        if self.index is None:
-            return blas.threads.kept(1 if self.fast else None)
-        _refuse_after_fork()
-        return self.xp.cuda.Device(self.index)
+        """The context in which arrays of this backend are made and used; errors of CUDA leave it as BackendErrors."""
+        return blas.threads.kept(1 if self.fast else None) if self.index is None else self._on_device()
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        _refuse_where_cuda_is_gone()
+        device = self.xp.cuda.Device(self.index)
+        device.__enter__()
+        try:
+            with gpu_faults.told(self.xp):
+                yield
+        finally:
+            if not gpu_faults.lost():
+                device.__exit__()
 
     def asarray(self, a: Array) -> Array:
         """`a`, from wherever it is, on this backend's device; no copy where it is there already."""
         if self.index is None:
             return a.get() if is_cupy(a) else a
-        _refuse_after_fork()
+        _refuse_where_cuda_is_gone()
         return self.xp.asarray(a)
 
     def zeros(self, n: int, dtype: Any) -> Array:
@@ -112,7 +121,7 @@ def as_kind_of(X: object, a: Array) -> Array:
 def to_host(a: Array) -> np.ndarray:
     """`a` as a NumPy array."""
     if is_cupy(a):
-        _refuse_after_fork()
+        _refuse_where_cuda_is_gone()
         return a.get()
     return np.asarray(a)
 
@@ -216,9 +225,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_mark_child)
 
 
-def _refuse_after_fork() -> None:
+def _refuse_where_cuda_is_gone() -> None:
     if _forked:
         raise BackendError(AFTER_FORK.cause, AFTER_FORK.cure)
+    gpu_faults.refuse_if_lost()
 
 
 @functools.cache

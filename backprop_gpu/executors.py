@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from . import cublaslt, driver
+from . import cublaslt, driver, gpu_faults
 from . import plan as plans
 from .activations import OUTPUT, Array
 from .backend import to_host
@@ -169,7 +169,7 @@ class Eager:
 
     def close(self) -> None:
         """Wait for the device, and let go of it."""
-        if self.feed:
+        if self.feed and not gpu_faults.lost():
             self.feed.close()
 
     def step(self, i: int, start: int, stop: int, measured: Array) -> bool:
@@ -457,6 +457,8 @@ class Graph(Eager):
             try:
                 steps = self._launch(i, most)
             except Exception as e:
+                if gpu_faults.loses(e, self.problem.net.backend.xp):
+                    raise
                 self._ordinary, self.failed = False, f"{type(e).__name__}: {e}"
                 warnings.warn(f"no CUDA graph, steps run one operation at a time: {self.failed}", stacklevel=2)
                 self.finish()  # steps before these that were put off
@@ -621,6 +623,10 @@ class Graph(Eager):
 
     def close(self) -> None:
         """Wait for what was launched: then graphs and what they work on may go."""
+        if gpu_faults.lost():
+            self._products.clear()
+            self._graphs.clear()
+            return
         super().close()
         streams = [self.problem.net.backend.xp.cuda.get_current_stream()]
         streams += [self._next.stream] if self._next else []

@@ -17,8 +17,9 @@ from .backend import to_host
 from .batches import epoch_plan
 from .checkpoint import COLUMNS, Checkpoint, RunState
 from .costs import Cost
-from .errors import BackendError, CheckpointError, ConfigError, DivergenceError
+from .errors import CheckpointError, ConfigError, DivergenceError
 from .executors import Eager, Problem
+from .gpu_faults import lost, told
 from .history import History, Hook, Run, call
 from .inputs import Samples
 from .interrupts import WholeSteps
@@ -91,8 +92,9 @@ class Loop:
         """Train until the run ends. Whatever stops it, the last whole step is in the file, if there is to be one."""
         run = self.run
         try:
-            while not run.history.stopped:
-                self._epoch()
+            with told(run.net.backend.xp, self.batch_size):
+                while not run.history.stopped:
+                    self._epoch()
             if self.ending.patience is not None:
                 self._last = run.net.theta.copy()
             run.history.best_epoch = self.ending.restore()
@@ -309,8 +311,8 @@ class Loop:
         if self.checkpoints is None:
             return
         whole = self.run.step and self.run.whole and not self._saving
-        lost = isinstance(e, (CheckpointError, BackendError))
-        if whole and not lost and not (isinstance(e, DivergenceError) and self.checkpoints.saved):
+        gone = lost() or isinstance(e, CheckpointError)
+        if whole and not gone and not (isinstance(e, DivergenceError) and self.checkpoints.saved):
             # What a file holds already is further from a divergence.
             try:
                 with suppress(DivergenceError):  # on a GPU, of a step that was taken for done

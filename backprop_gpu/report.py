@@ -40,15 +40,18 @@ class ProgressBar:
         # Takes a third of the time in which --help is there, which does without.
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
+
+        cut = Column(no_wrap=True, overflow="crop")  # else "…", which not every terminal has
 
         self._console = Console(stderr=True, color_system=None if os.environ.get("NO_COLOR") else "auto")
         self._progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
+            TextColumn("epoch {task.fields[epoch]}", table_column=cut),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[last]}"),
+            MofNCompleteColumn(table_column=cut),
+            TextColumn("steps", table_column=cut),
+            TimeRemainingColumn(table_column=cut),
+            TextColumn("{task.fields[last]}", table_column=cut),
             console=self._console,
             transient=True,
             disable=not (self._console.is_terminal and self._console.file.isatty()),  # FORCE_COLOR makes no terminal

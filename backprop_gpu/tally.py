@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 
+from . import gpu_faults
 from . import plan as plans
 from .activations import Array
 from .backend import is_cupy, to_host
@@ -56,6 +57,8 @@ class GraphTally(Tally):
             try:
                 return _added(self._recorded.sums())
             except Exception as e:
+                if gpu_faults.loses(e, self.net.backend.xp):
+                    raise
                 _warn(f"{type(e).__name__}: {e}")
                 self.close()
         return super().totals()
@@ -101,6 +104,8 @@ def tally_for(executor: Eager, samples: Samples, cost: Cost) -> Tally:
         except plans.Unplanned:
             pass
         except Exception as e:  # whose frames hold on to memory until it is left
+            if gpu_faults.loses(e, net.backend.xp):
+                raise
             failed = f"{type(e).__name__}: {e}"
     if failed:
         _warn(failed)

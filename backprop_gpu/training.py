@@ -19,6 +19,7 @@ from .checkpoint import Checkpoint
 from .costs import Cost, choose_cost
 from .errors import ConfigError, DataError, lookup
 from .executors import Problem, choose
+from .gpu_faults import told
 from .history import Callback, History, Run, hooks
 from .inputs import Samples
 from .interrupts import WholeSteps, alone
@@ -168,7 +169,9 @@ def train(
     run = Run(net, epochs, steps_per_epoch(n, batch_size), history)
     on_step, on_epoch = hooks(callbacks)
     each_step = any(getattr(c, "each_step", True) for c in callbacks if hasattr(c, "on_step"))
-    with alone(net), be.active(), WholeSteps() as whole_steps, contextlib.ExitStack() as stack:
+    with (
+        alone(net), be.active(), told(be.xp, batch_size), WholeSteps() as whole_steps, contextlib.ExitStack() as stack,
+    ):  # fmt: skip
         learned = chosen, _task(net, samples.T)
         if found and found.run and found.run.finished(epochs):
             return _as_it_ended(net, history, found, learned)

@@ -10,14 +10,27 @@ that a stream that waits for too little computes with wrong numbers. A capture r
 scalars as they are then, arrays by the place of their memory. Left out: concurrency within a graph (nodes run in the
 order in which they were issued), pinned memory that is freed and used again, more than one device. Stricter than CUDA:
 no copy between pageable memory and the device, and no compilation, while a stream captures.
+
+Memory runs out as on a GPU. CUPY_GPU_MEMORY_LIMIT, read by `installed`, or set_limit(size=...) of the pool that
+`cupy.get_default_memory_pool()` gives bounds that; `installed(memory=...)`, or Mode.memory, is the size of the whole
+device. Past either, `cupy.cuda.memory.OutOfMemoryError` is raised, in CuPy's words. The pool counts what is allocated,
+in units of 512 bytes, and, where there is a bound, keeps what is freed until free_all_blocks(), or until it would run
+out without it.
+
+A launch fails where `fail_launch(n, status)` says so: the n-th of a kernel or graph from then on. Where its status is
+one of STICKY, CUDA is lost to the process: until the next `installed` every call after it fails alike and is counted in
+Counts.after_loss. Each raises what CuPy raises there (CUDARuntimeError, CUDADriverError for kernels, CUBLASError for
+products); asked whether it is done, a stream or an event says no; memory that the pool has kept is had without CUDA.
 """
 
 import collections
 import contextlib
 import ctypes
 import functools
+import gc
 import itertools
 import math
+import os
 import sys
 import threading
 import types
@@ -45,6 +58,7 @@ class Counts:
     graph_launches = 0
     graph_nodes = 0  # of the graph captured last
     synchronisations = 0  # of the host with a stream, an event or the device
+    after_loss = 0  # calls of CUDA that came after an error that is sticky
 
 
 class Mode:
@@ -52,7 +66,8 @@ class Mode:
 
     late: "copies" land, or "kernels" (all work but copies) run, when something that waits for them needs them; None:
     all work at once. fail_capture: "begin", "end", "instantiate" or "launch" fails. freed: a graph notices that memory
-    which it uses was freed, instead of keeping it.
+    which it uses was freed, instead of keeping it. memory: bytes of the device, None: as many as anybody wants.
+    fail_launch: how many launches from now, and the status, of the one that fails. lost: the status of a sticky error.
     """
 
     check = False
@@ -60,6 +75,9 @@ class Mode:
     late = "copies"
     fail_capture = None
     freed = True
+    memory = None
+    fail_launch = None
+    lost = None
 
 
 # ------------------------------------------------------------------------------------------ streams
@@ -68,10 +86,19 @@ class Mode:
 class CUDARuntimeError(RuntimeError):
     """CuPy's, with its words."""
 
+    __module__ = "cupy_backends.cuda.api.runtime"
+
     WORDS: ClassVar = {
         1: "cudaErrorInvalidValue: invalid argument",
         2: "cudaErrorMemoryAllocation: out of memory",
+        214: "cudaErrorECCUncorrectable: uncorrectable ECC error encountered",
         401: "cudaErrorIllegalState: the operation cannot be performed in the present state",
+        700: "cudaErrorIllegalAddress: an illegal memory access was encountered",
+        701: "cudaErrorLaunchOutOfResources: too many resources requested for launch",
+        702: "cudaErrorLaunchTimeout: the launch timed out and was terminated",
+        710: "cudaErrorAssert: device-side assert triggered",
+        716: "cudaErrorMisalignedAddress: misaligned address",
+        719: "cudaErrorLaunchFailure: unspecified launch failure",
         801: "cudaErrorNotSupported: operation not supported",
         900: "cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing",
         901: "cudaErrorStreamCaptureInvalidated: operation failed due to a previous error during capture",
@@ -87,6 +114,71 @@ class CUDARuntimeError(RuntimeError):
     def __init__(self, status):
         self.status = status
         super().__init__(self.WORDS[status])
+
+
+class CUDADriverError(RuntimeError):
+    """What CuPy raises where it calls the driver itself: to load a module, and to launch a kernel."""
+
+    __module__ = "cupy_backends.cuda.api.driver"
+
+    NAMES: ClassVar = {
+        2: "OUT_OF_MEMORY",
+        214: "ECC_UNCORRECTABLE",
+        700: "ILLEGAL_ADDRESS",
+        701: "LAUNCH_OUT_OF_RESOURCES",
+        702: "LAUNCH_TIMEOUT",
+        710: "ASSERT",
+        716: "MISALIGNED_ADDRESS",
+        719: "LAUNCH_FAILED",
+    }
+
+    def __init__(self, status):
+        self.status = status
+        super().__init__(f"CUDA_ERROR_{self.NAMES[status]}: {CUDARuntimeError.WORDS[status].partition(': ')[2]}")
+
+
+class CUBLASError(RuntimeError):
+    """What a product raises where its launch fails, whatever the status of that."""
+
+    __module__ = "cupy_backends.cuda.libs.cublas"
+
+    def __init__(self, status=13):
+        self.status = status
+        super().__init__("CUBLAS_STATUS_EXECUTION_FAILED")
+
+
+STICKY = (214, 700, 702, 710, 716, 719)
+
+
+def fail_launch(n=1, status=700):
+    """Let the n-th launch from now on (1: the next) of a kernel or a graph fail, captured ones not counted.
+
+    It is told where the work is done: at the launch, or, with Mode.late "kernels", when something waits for it.
+    """
+    assert status in CUDADriverError.NAMES
+    Mode.fail_launch = n, status
+
+
+def _counted_launch():
+    """A launch is issued; the status with which it is to fail, None: it works."""
+    if Mode.fail_launch is None:
+        return None
+    n, status = Mode.fail_launch
+    Mode.fail_launch = (n - 1, status) if n > 1 else None
+    return status if n == 1 else None
+
+
+def _fail(status):
+    if status in STICKY:
+        Mode.lost = status
+    raise CUDARuntimeError(status)
+
+
+def _require_cuda(kind=CUDARuntimeError):
+    """Raises that kind of error after a sticky one: CUDARuntimeError, CUDADriverError or CUBLASError."""
+    if Mode.lost:
+        Counts.after_loss += 1
+        raise kind() if kind is CUBLASError else kind(Mode.lost)
 
 
 _lock = threading.RLock()
@@ -122,6 +214,7 @@ class _Line:
 
     def look(self):
         """Raises where CUDA does, before anything is issued."""
+        _require_cuda()
         if self.capture and self.capture.invalid:
             raise CUDARuntimeError(901)
         if self is _null and (spoilt := [c for c in _captures if c.origin.blocking]):
@@ -163,6 +256,9 @@ class _Line:
     def asked(self, ticket):
         """Whether the work up to that ticket is done; meanwhile time goes by, and a piece of it is done."""
         with _lock:
+            if Mode.lost:
+                Counts.after_loss += 1
+                return False
             done = self.finished >= ticket
             if not done:
                 self.drain(self.finished + 1)
@@ -230,6 +326,7 @@ class Event:
     def __init__(self, block=False, disable_timing=False, interprocess=False):
         if interprocess and not disable_timing:
             raise ValueError("Timing must be disabled for interprocess events")
+        _require_cuda()
         self.ptr = next(_handles)
         self._line, self._ticket, self._capture = None, 0, None
 
@@ -252,6 +349,7 @@ class Event:
 
     def synchronize(self):
         Counts.synchronisations += 1
+        _require_cuda()
         if self._capture:
             self._capture.invalid = True
             raise CUDARuntimeError(907)
@@ -268,6 +366,8 @@ class Stream:
 
     def __init__(self, null=False, non_blocking=False, ptds=False, priority=None):
         assert not ptds, "not in the stand-in"
+        if not null:
+            _require_cuda()
         self.ptr = 0 if null else next(_handles)
         self.device_id = -1 if null else 0
         self.is_non_blocking = bool(non_blocking and not null)
@@ -337,6 +437,7 @@ class Stream:
         if self.ptr == 0:
             raise RuntimeError("cannot capture on the default (legacy) stream")
         with _lock:
+            _require_cuda()
             if Mode.fail_capture == "begin":
                 raise CUDARuntimeError(801)
             if mode not in (None, 0, 1, 2):
@@ -349,6 +450,7 @@ class Stream:
     def end_capture(self):
         with _lock:
             capture = self._line.capture
+            _require_cuda()
             if capture is None:
                 raise CUDARuntimeError(401)
             if capture.origin is not self._line:
@@ -406,7 +508,9 @@ class Graph:
         if Mode.fail_capture == "launch":
             raise CUDARuntimeError(2)
         Counts.graph_launches += 1
-        (stream or get_current_stream())._line.submit(self._run)
+        line = (stream or get_current_stream())._line
+        failing = None if line.capture else _counted_launch()
+        line.submit(functools.partial(_fail, failing) if failing else self._run)
 
     def upload(self, stream=None):
         (stream or get_current_stream())._line.forbid()
@@ -434,6 +538,7 @@ class Device:
     def synchronize(self):
         with _lock:
             Counts.synchronisations += 1
+            _require_cuda()
             for capture in _captures:
                 capture.invalid = True
             if _captures:
@@ -452,15 +557,121 @@ def _reset():
         _captures.clear()
         _thread.__dict__.clear()
         Mode.late, Mode.fail_capture, Mode.freed = "copies", None, True
+        Mode.memory = Mode.fail_launch = Mode.lost = None
 
 
 # ------------------------------------------------------------------------------------------ memory
 
 
-def _allocated(n_bytes):
+class OutOfMemoryError(MemoryError):
+    """CuPy's, with its words."""
+
+    __module__ = "cupy.cuda.memory"
+
+    def __init__(self, size, total, limit=0):
+        self._of = size, total, limit
+        limited = f", limit set to: {limit:,} bytes" if limit else ""
+        super().__init__(f"Out of memory allocating {size:,} bytes (allocated so far: {total:,} bytes{limited}).")
+
+    def __reduce__(self):
+        return type(self), self._of
+
+
+class MemoryPool:
+    """Counts the bytes of the arrays there are, and those it keeps for others; in one piece, as far as it goes."""
+
+    def __init__(self):
+        self._total, self._limit = 0, 0
+        self._held = {}  # the memory of arrays, by what tells when it is freed: how much
+        text = os.environ.get("CUPY_GPU_MEMORY_LIMIT")
+        if text:
+            self.set_limit(**({"fraction": float(text[:-1]) / 100} if text.endswith("%") else {"size": int(text)}))
+
+    def set_limit(self, size=None, fraction=None):
+        self._limit = int((fraction or 0) * _memory()[1]) if size is None else size
+
+    def get_limit(self):
+        return self._limit
+
+    def total_bytes(self):
+        return self._total
+
+    def used_bytes(self):
+        return sum(size for _, size in list(self._held.values()))
+
+    def free_bytes(self):
+        return self._total - self.used_bytes()
+
+    def free_all_blocks(self, stream=None):
+        with _lock:
+            if self.free_bytes() and Mode.lost:
+                Counts.after_loss += 1  # without a word
+            self._total = self.used_bytes()
+
+    def take(self, size):
+        """Room for that many bytes: kept, or new."""
+        with _lock:
+            if size <= self.free_bytes():
+                return
+            _require_cuda()
+            if not self._limit or size <= self._limit:
+                for make_room in (lambda: None, self.free_all_blocks, gc.collect, self.free_all_blocks):
+                    make_room()
+                    whole = self._total + size
+                    if whole <= (self._limit or whole) and whole <= (Mode.memory or whole):
+                        self._total = whole
+                        return
+            raise OutOfMemoryError(size, self._total, self._limit)
+
+    def hold(self, owner, size):
+        """That is what the array `owner` takes, until it is gone."""
+        told = weakref.ref(owner, self._freed)
+        self._held[id(told)] = told, size
+
+    def _freed(self, told):
+        with _lock:
+            if (held := self._held.pop(id(told), None)) and not (self._limit or Mode.memory):
+                self._total -= held[1]
+
+
+def _memory():
+    """Free and all bytes of the device."""
+    return (Mode.memory - _pool.total_bytes(), Mode.memory) if Mode.memory else (60 << 30, 80 << 30)
+
+
+_pool = MemoryPool()
+
+
+def _mem_get_info():
+    _require_cuda()
+    return _memory()
+
+
+def _take(n_bytes):
+    """Ask for memory; how much of the pool's it is."""
     Counts.allocations += 1
     if (allocator := getattr(_thread, "allocator", None)) is not None:
         allocator(n_bytes)
+        return 0
+    size = -(-n_bytes // ALIGNED) * ALIGNED
+    _pool.take(size)
+    return size
+
+
+def _held(a, size):
+    """The array, in so much of the pool's memory."""
+    owner = a
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    if size:
+        _pool.hold(owner, size)
+    return a
+
+
+def _allocated(shape, dtype, order="C"):
+    shape = shape if isinstance(shape, tuple) else (int(shape),)
+    size = _take(math.prod(shape) * np.dtype(dtype).itemsize)
+    return _held(_filled(shape, dtype, order), size)
 
 
 @contextlib.contextmanager
@@ -501,6 +712,7 @@ class PinnedMemoryPointer(bytearray):
 
 
 def alloc_pinned_memory(size):
+    _require_cuda()
     return PinnedMemoryPointer(size)
 
 
@@ -579,9 +791,8 @@ def _unwrap(x):
 
 def _wrap(x):
     if isinstance(x, (np.ndarray, np.generic)):  # reductions give 0-d device arrays
-        if getattr(x, "base", None) is None:
-            _allocated(x.nbytes)
-        return ndarray(np.asarray(x))
+        new, x = getattr(x, "base", None) is None, np.asarray(x)
+        return ndarray(_held(x, _take(x.nbytes)) if new else x)
     return x
 
 
@@ -602,6 +813,8 @@ def _operate(f, name, *args, **kwargs):
     line = stream._line
     out = args[f.nin] if isinstance(f, np.ufunc) and len(args) > f.nin else kwargs.get("out")
     given = [x for x in (*args, *kwargs.values()) if isinstance(x, ndarray)]
+    if name in _CUBLAS:
+        _require_cuda(CUBLASError)
     if line.capture and name in _CUBLAS and any(x._a.dtype.kind in "fc" for x in given) and stream.is_capturing():
         raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
     if given and name in _TO_HOST:
@@ -638,8 +851,7 @@ def _operate(f, name, *args, **kwargs):
         line.forbid()  # CuPy counts what is chosen
     if _is_view(result, given):
         return _wrap(result)
-    _allocated(result.nbytes)
-    result = _filled(result.shape, result.dtype)
+    result = _allocated(result.shape, result.dtype)
     place = _Place(result)
     line.submit(lambda: np.copyto(place.array(), later()))
     return ndarray(result)
@@ -773,8 +985,10 @@ class _Function:
     def __call__(self, grid, block, args, *, shared_mem=0):
         """Scalars are taken as they are now, arrays as they are when the kernel runs."""
         line = get_current_stream()._line
+        _require_cuda(CUDADriverError)
         line.look()
         Counts.launches += line.capture is None
+        failing = None if line.capture else _counted_launch()
         plain = [a if isinstance(a, np.generic) else _unwrap(a) for a in args]
         plain = [a if isinstance(a, (np.generic, np.ndarray)) else np.asarray(a)[()] for a in plain]
         fresh = [isinstance(a, ndarray) and a.fresh for a in args]
@@ -783,7 +997,13 @@ class _Function:
                 a.fresh = False
         if line.capture:
             plain = [_Place(a) if isinstance(a, np.ndarray) else a for a in plain]
-        line.submit(functools.partial(self._run, grid, block, plain, fresh, shared_mem))
+        if failing is None:
+            line.submit(functools.partial(self._run, grid, block, plain, fresh, shared_mem))
+            return
+        try:
+            line.submit(functools.partial(_fail, failing))
+        except CUDARuntimeError as e:
+            raise CUDADriverError(e.status) from None
 
     def _run(self, grid, block, arguments, fresh, shared_mem):
         Counts.kernels.add(self.name)
@@ -807,6 +1027,7 @@ class RawModule:
     def get_function(self, name):
         """Compiles, as CuPy does when the first function is asked for."""
         assert not _captures, "a kernel is compiled before a capture begins, not in it"
+        _require_cuda(CUDADriverError)
         try:
             kernels_on_cpu.function(self.code, name, Mode.check)
         except kernels_on_cpu.KernelError as e:
@@ -825,17 +1046,14 @@ def asarray(a, dtype=None):
     line.forbid()
     Counts.to_device += 1
     staged = np.array(a, dtype)
-    _allocated(staged.nbytes)
     order = "F" if staged.flags.f_contiguous and not staged.flags.c_contiguous else "C"
-    result = _filled(staged.shape, staged.dtype, order)
+    result = _allocated(staged.shape, staged.dtype, order)
     line.submit(functools.partial(np.copyto, result, staged), "copies")
     return ndarray(result)
 
 
 def empty(shape, dtype=float):
-    a = _filled(shape, dtype)
-    _allocated(a.nbytes)
-    return ndarray(a, fresh=True)
+    return ndarray(_allocated(shape, dtype), fresh=True)
 
 
 def asnumpy(a, stream=None, order="C", out=None, *, blocking=True):
@@ -868,7 +1086,7 @@ def module():
     cupy.RawModule = RawModule
     cupy.asarray, cupy.empty, cupy.empty_like = asarray, empty, empty_like
     cupy.asnumpy = asnumpy
-    cupy.get_default_memory_pool = lambda: types.SimpleNamespace(free_bytes=lambda: 0)
+    cupy.get_default_memory_pool = lambda: _pool
     cupy.cuda = types.SimpleNamespace(
         Device=Device,
         Event=Event,
@@ -880,6 +1098,8 @@ def module():
         get_current_stream=get_current_stream,
         using_allocator=using_allocator,
         compiler=types.SimpleNamespace(CompileException=CompileException),
+        driver=types.SimpleNamespace(CUDADriverError=CUDADriverError),
+        memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
         runtime=types.SimpleNamespace(
             CUDARuntimeError=CUDARuntimeError,
             streamCaptureModeGlobal=0,
@@ -889,7 +1109,8 @@ def module():
             getDevice=lambda: 0,
             driverGetVersion=lambda: 13000,
             runtimeGetVersion=lambda: 13000,
-            memGetInfo=lambda: (60 << 30, 80 << 30),
+            memGetInfo=_mem_get_info,
+            deviceSynchronize=lambda: Device().synchronize(),
             getDeviceProperties=lambda index: {"name": DEVICE_NAME},
             deviceGetAttribute=lambda attribute, index: ATTRIBUTES[attribute],
         ),
@@ -901,13 +1122,14 @@ _usual = {}  # the stand-in and the operations that were imported with it, for a
 
 
 @contextlib.contextmanager
-def installed(cupy=None, check=False, seed=0, late="copies", fail_capture=None):
+def installed(cupy=None, check=False, seed=0, late="copies", fail_capture=None, memory=None):
     """`cupy` (None: the stand-in) as the machine's CuPy, and nothing remembered of another one."""
     from backprop_gpu import backend
 
     kernels_on_cpu.require()
     _reset()
-    Mode.check, Mode.seed, Mode.late, Mode.fail_capture = check, seed, late, fail_capture
+    Mode.check, Mode.seed, Mode.late, Mode.fail_capture, Mode.memory = check, seed, late, fail_capture, memory
+    _pool.__init__()
     if cupy is None and not _usual:
         _usual["cupy"] = module()
     mine = _usual if cupy is None else {"cupy": cupy}

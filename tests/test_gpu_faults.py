@@ -1,0 +1,167 @@
+"""What a GPU can do to a run in the middle of it: memory that is not there, and a context that is lost."""
+
+import copy
+import warnings
+
+import fake_cupy
+import numpy as np
+import pytest
+
+import backprop_gpu as bp
+from backprop_gpu import checkpoint, gpu_faults
+from backprop_gpu.backend import to_host
+
+
+@pytest.fixture(autouse=True)
+def _not_lost(monkeypatch):
+    monkeypatch.setattr(gpu_faults, "_lost", "")
+
+
+RNG = np.random.default_rng(0)
+X, T = RNG.integers(0, 256, (60, 20)).astype(np.uint8), RNG.integers(0, 5, 60)
+
+
+def network():
+    return bp.Network([20, 16, 5], seed=1, backend="cupy")
+
+
+class Thetas:
+    """The parameters after each step, and before the first."""
+
+    def __init__(self, net):
+        self.net, self.all = net, [to_host(net.theta).copy()]
+
+    def on_step(self, run):
+        self.all.append(to_host(self.net.theta).copy())
+
+
+@pytest.mark.parametrize("rung", ["graph", "eager"])
+def test_no_memory_for_a_step(monkeypatch, rung):
+    """Wherever it runs out, the parameters are those of a whole step, and with more memory the run is what it was."""
+    monkeypatch.setenv("BACKPROP_GPU_EXECUTOR", rung)
+    with fake_cupy.installed() as cp:
+        whole = network()
+        seen = Thetas(whole)
+        bp.train(whole, X, T, epochs=2, batch_size=25, callbacks=[seen], validation=(X, T))
+        steps = {theta.tobytes() for theta in seen.all}
+        refused, limit = [], 0
+        while True:
+            pool = cp.get_default_memory_pool()
+            net = network()
+            pool.free_all_blocks()
+            pool.set_limit(size=pool.used_bytes() + limit)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of graphs that there is no memory for
+                    bp.train(net, X, T, epochs=2, batch_size=25, validation=(X, T))
+            except bp.BackendError as e:
+                refused.append(e)
+            else:
+                break
+            finally:
+                pool.set_limit(size=0)
+            assert to_host(net.theta).tobytes() in steps
+            limit += 1024
+        assert len(refused) > 10
+        np.testing.assert_array_equal(to_host(net.theta), to_host(whole.theta))
+        found = refused[5]
+        assert "out of GPU memory with batches of 25 samples: Out of memory allocating" in found.cause
+        assert "limit set to:" in found.cause
+        assert "bytes of the GPU are free" in found.cause
+        assert "take a smaller batch_size, 12 say" in found.cure
+
+
+def test_no_memory_for_an_evaluation_or_a_network():
+    with fake_cupy.installed() as cp:
+        net = network()
+        pool = cp.get_default_memory_pool()
+        pool.set_limit(size=pool.used_bytes() + 512)
+        for call in (lambda: bp.evaluate(net, X, T), lambda: net.predict(X), network, lambda: net.gradients(X, T)):
+            with pytest.raises(bp.BackendError, match="out of GPU memory: "):
+                call()
+
+
+def test_after_out_of_memory_the_half_of_a_batch_fits():
+    with fake_cupy.installed() as cp:
+        net = network()
+        pool = cp.get_default_memory_pool()
+        pool.set_limit(size=pool.used_bytes() + 17_000)
+        batch_size, tried = 60, []
+        while True:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    bp.train(net, X, T, epochs=1, batch_size=batch_size)
+                break
+            except bp.BackendError:
+                tried.append(batch_size)
+            batch_size //= 2
+        assert tried
+        assert batch_size
+
+
+LOSSES = [700, 719, 214]
+
+
+@pytest.mark.parametrize("status", LOSSES)
+@pytest.mark.parametrize("rung", ["graph", "eager"])
+@pytest.mark.parametrize("late", ["copies", "kernels"])
+def test_a_context_that_is_lost(monkeypatch, tmp_path, rung, status, late):
+    """The error names what happened, no call of CUDA follows, and the last checkpoint is whole and named."""
+    monkeypatch.setenv("BACKPROP_GPU_EXECUTOR", rung)
+    path = tmp_path / "m"
+
+    def fail(run):
+        if run.epoch == 1:
+            fake_cupy.Mode.late = late
+            fake_cupy.fail_launch(2, status)
+
+    with fake_cupy.installed():
+        net = network()
+        with pytest.raises(bp.BackendError, match="the context of the GPU is lost: ") as e:
+            bp.train(
+                net, X, T, epochs=3, batch_size=25, callbacks=[fail], save=path, checkpoint_every="1 epoch",
+                validation=(X, T),
+            )  # fmt: skip
+        after = fake_cupy.Counts.after_loss
+        assert "start the process again" in e.value.cure
+        assert e.value.__notes__ == [f"{path} holds the run after step 3"]
+        assert len(str(e.value).splitlines()) == 2
+        del e
+        for call in (lambda: net.predict(X), lambda: bp.train(net, X, T), network, lambda: bp.save(net, path)):
+            with pytest.raises(bp.BackendError, match="the context of the GPU is lost"):
+                call()
+        assert fake_cupy.Counts.after_loss == after
+        monkeypatch.setattr(gpu_faults, "_lost", "")
+    assert checkpoint.read(path, "numpy").run.step == 3
+
+
+def test_how_many_calls_follow_a_loss(monkeypatch):
+    """One may ask what it was; none is to wait for the device, or to let go of things on it."""
+    with fake_cupy.installed():
+        net, before = network(), fake_cupy.Counts.after_loss
+        fake_cupy.fail_launch(5)
+        with pytest.raises(bp.BackendError, match="lost"):
+            bp.train(net, X, T, epochs=1, batch_size=25)
+        assert fake_cupy.Counts.after_loss - before <= 1
+
+
+def test_an_error_that_is_not_sticky_is_its_own(monkeypatch):
+    monkeypatch.setenv("BACKPROP_GPU_EXECUTOR", "eager")
+    with fake_cupy.installed() as cp:
+        net = network()
+        fake_cupy.fail_launch(1, 701)
+        with pytest.raises(cp.cuda.driver.CUDADriverError, match="LAUNCH_OUT_OF_RESOURCES"):
+            bp.train(net, X, T, epochs=1, batch_size=25)
+        assert not gpu_faults.lost()
+        bp.train(net, X, T, epochs=1, batch_size=25)
+
+
+def test_other_peoples_errors_are_left_alone():
+    with fake_cupy.installed(), pytest.raises(MemoryError, match="mine"):
+        bp.train(network(), X, T, epochs=1, callbacks=[lambda run: (_ for _ in ()).throw(MemoryError("mine"))])
+
+
+def test_a_backend_error_travels():
+    e = copy.copy(bp.BackendError("a", "b"))
+    assert (e.cause, e.cure) == ("a", "b")
