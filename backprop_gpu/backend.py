@@ -71,11 +71,13 @@ class Backend:
 
     def active(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which arrays of this backend are made and used; errors of CUDA leave it as BackendErrors."""
-        return blas.threads.kept(1 if self.fast else None) if self.index is None else self._on_device()
+        if self.index is None:
+            return blas.threads.kept(1 if self.fast else None)
+        _refuse_where_cuda_is_gone()
+        return self._on_device()
 
     @contextlib.contextmanager
     def _on_device(self) -> Iterator[None]:
-        _refuse_where_cuda_is_gone()
         device = self.xp.cuda.Device(self.index)
         device.__enter__()
         try:
