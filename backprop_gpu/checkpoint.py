@@ -258,7 +258,7 @@ def _load(path: Path, file: BinaryIO, backend: str, own: Own) -> Checkpoint:
     wanted = {name: (_DTYPES[net.dtype.name], p.shape) for name, p in tensors.items()}
     wanted |= _tensors_of(net, run) if run else {}
     if shapes != wanted:
-        odd = min(name for name, _ in shapes.items() ^ wanted.items())
+        odd = min(name for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name))
         raise _bad(path, f"does not hold the tensors that its settings call for: see {_short(odd)}")
     announced = sum(math.prod(shape) * (4 if dtype == "F32" else 8) for dtype, shape in wanted.values())
     if size != len(head) + announced:
