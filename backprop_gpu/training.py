@@ -31,7 +31,7 @@ from .resume import Checkpoints, described, digests
 from .schedules import Schedule, choose_schedule
 from .specs import number
 from .stopping import Ending, natural, positive
-from .streaming import room_for
+from .streaming import data_limit, room_for
 from .tally import Tally
 
 BATCH_SIZE = 128
@@ -177,6 +177,12 @@ def train(
             return _as_it_ended(net, history, found, learned)
         weights = samples.weights  # they stay on the host, where orders are drawn
         room = room_for(net, [samples, *([held_out] if held_out else [])], rule, batch_size)
+        if room is not None and data_limit() is None:
+            warnings.warn(
+                f"the data, {samples.nbytes:,} bytes, does not fit into the GPU's memory beside the run: it is streamed "
+                "from the host",
+                stacklevel=2,
+            )
         place = be.asarray if room is None else to_host
         problem = Problem(net, smoothed, samples.on(place), reduction, regularization, frozen, room)
         executor = stack.enter_context(contextlib.closing(choose(problem, rule, batch_size, seed, run.steps_per_epoch)))
