@@ -447,6 +447,15 @@ def unwritable_cache() -> str:
     return "" if usable else f"the folder {folder or repr(folder)} cannot be written"
 
 
+def in_memory_instead(e: Exception) -> bool:
+    """Whether kernels are kept in memory from now on, because CuPy's folder of them fails with `e`."""
+    if os.environ.get("CUPY_CACHE_IN_MEMORY") == "1" or not (_is_of_the_disk(e) or _DAMAGED in str(e)):
+        return False
+    _keep_kernels_in_memory(_line(e))
+    log.info("CuPy keeps its compiled kernels in memory: %s", cache_trouble)
+    return True
+
+
 def _keep_kernels_in_memory(trouble: str) -> None:
     global cache_trouble
     cache_trouble = trouble

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
 from . import fast_kernels as kernels
@@ -102,7 +101,7 @@ class Compiled(Replay):
         )  # fmt: skip
 
 
-@numba.njit(cache=True, error_model="numpy", nogil=True)
+@kernels.njit
 def _steps(
     data: Any, scale: float, targets: Any, T: Any, part: float, hidden: Any, W: Any, b: Any, A: Any, Z: Any,
     Delta: Any, C: Any, dW: Any, db: Any, sums: Any, norms2: Any, squares: Any, greatest: float, places: Any,

@@ -20,7 +20,7 @@ import cupy as cp
 import cupy as xp  # the array module, under the name that code for both backends uses
 import numpy as np
 
-from . import costs, cuda_source, dropout, grids
+from . import backend, costs, cuda_source, dropout, grids
 from .activations import IDENTITY, Activation, Array
 from .costs import Cost
 from .errors import ConfigError
@@ -89,6 +89,10 @@ def _module(device: int, file: str, defines: tuple[tuple[str, str], ...]) -> dic
             theirs = " and ".join(re.findall(r"return (.*?); }", " ".join(own)))
             raise ConfigError(f"CUDA expressions of your own do not compile: {told.strip()}", f"mend {theirs}") from e
         raise
+    except Exception as e:
+        if not backend.in_memory_instead(e):
+            raise
+        return _module.__wrapped__(device, file, defines)
 
 
 def arguments(kernel: _Kernel, given: Sequence[Any]) -> list[Any]:

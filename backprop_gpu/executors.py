@@ -534,9 +534,12 @@ class Graph(Eager):
         before = self._state.copy()
         spare = len(self._rows) - 1  # a step that is none, which changes nothing
         self._state.set(np.array([spare, 1, -spare * self.batch_size, self.t], np.int64).view(np.uint64))
-        self._enqueue(m, 0)
-        self._advance(0, 0)
-        self._state[...] = before
+        try:
+            self._enqueue(m, 0)
+            self._advance(0, 0)
+        finally:  # else `finish` would take the spare step for one that was put off
+            if not gpu_faults.lost():
+                self._state[...] = before
 
     @functools.cached_property
     def _launches(self) -> Any:

@@ -7,6 +7,7 @@ array: a kernel would be compiled anew for None, and its parts for a literal 0, 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -17,6 +18,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import prange, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, overload
 
 from . import blas
@@ -25,7 +27,33 @@ from .activations import LEAKY_SLOPE
 if numba.config.DISABLE_JIT:  # `_multiply` is nothing then
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
-_serial = functools.partial(numba.njit, cache=True, error_model="numpy", nogil=True)
+
+class _Cache(FunctionCache):
+    """numba's, where a file that is damaged is no file, and a disk that is full is no error."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # of pickle, in any of its ways
+            with contextlib.suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().save_overload(sig, data)
+
+
+def njit(f: Any = None, **how: Any) -> Any:
+    """`numba.njit` of a kernel, which is compiled once and kept."""
+    if f is None:
+        return functools.partial(njit, **how)
+    made = numba.njit(f, error_model="numpy", nogil=True, **how)
+    made._cache = _Cache(f)
+    return made
+
+
+_serial = njit
 _threaded = functools.partial(_serial, parallel=True)  # assign to no slice there: that starts threads, too
 
 # ---------------------------------------------------------------------------------------------------------- products

@@ -15,6 +15,7 @@ from .errors import BackendError
 OUT_OF_MEMORY = 2  # of cudaError_t, and of the driver's CUresult
 STICKY = {214, 220, 700, 702, 710, 714, 715, 716, 717, 718, 719}  # likewise: those after which CUDA is lost
 _RESTART = "start the process again, and resume from the last checkpoint; if it happens again, look with nvidia-smi -q"
+_DOCTOR = "look with backprop-gpu doctor, and nvidia-smi, whether the GPU is in order"
 _lost = ""  # the error that lost it
 
 
@@ -55,7 +56,7 @@ def told(xp: Any, batch_size: int | None = None) -> Iterator[None]:
             raise _out_of_memory(e, xp, batch_size) from None
         if loses(e, xp):
             refuse_if_lost()
-        raise
+        raise BackendError(f"the GPU fails: {type(e).__name__}: {_first_line(e)}", _DOCTOR) from e
 
 
 def _is_cupys(e: BaseException) -> bool:

@@ -60,8 +60,10 @@ def data_limit() -> int | None:
 
 
 def _free(xp: Any) -> int:
-    """Bytes of the device that can be had: nobody's, and those that CuPy keeps for later."""
-    return int(xp.cuda.runtime.memGetInfo()[0]) + int(xp.get_default_memory_pool().free_bytes())
+    """Bytes of the device that can be had: nobody's, and those that CuPy keeps for later; up to its limit."""
+    pool = xp.get_default_memory_pool()
+    free, limit = int(xp.cuda.runtime.memGetInfo()[0]) + int(pool.free_bytes()), int(pool.get_limit())
+    return min(free, limit - int(pool.used_bytes())) if limit else free
 
 
 def _needed(net: Network, rule: Optimizer, batch_size: int) -> int:

@@ -179,8 +179,8 @@ def train(
         room = room_for(net, [samples, *([held_out] if held_out else [])], rule, batch_size)
         if room is not None and data_limit() is None:
             warnings.warn(
-                f"the data, {samples.nbytes:,} bytes, does not fit into the GPU's memory beside the run: it is streamed "
-                "from the host",
+                f"the data, {samples.nbytes:,} bytes, does not fit into the GPU's memory beside the run: it is "
+                "streamed from the host",
                 stacklevel=2,
             )
         place = be.asarray if room is None else to_host

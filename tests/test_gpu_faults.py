@@ -149,13 +149,14 @@ def test_how_many_calls_follow_a_loss(monkeypatch):
         assert fake_cupy.Counts.after_loss - before <= 1
 
 
-def test_an_error_that_is_not_sticky_is_its_own(monkeypatch):
+def test_an_error_that_is_not_sticky_is_told_and_forgotten(monkeypatch):
     monkeypatch.setenv("BACKPROP_GPU_EXECUTOR", "eager")
     with fake_cupy.installed() as cp:
         net = network()
         fake_cupy.fail_launch(1, 701)
-        with pytest.raises(cp.cuda.driver.CUDADriverError, match="LAUNCH_OUT_OF_RESOURCES"):
+        with pytest.raises(bp.BackendError, match=r"the GPU fails: CUDADriverError: .*LAUNCH_OUT_OF_RESOURCES") as e:
             bp.train(net, X, T, epochs=1, batch_size=25)
+        assert isinstance(e.value.__cause__, cp.cuda.driver.CUDADriverError)
         assert not gpu_faults.lost()
         bp.train(net, X, T, epochs=1, batch_size=25)
 

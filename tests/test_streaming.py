@@ -446,7 +446,7 @@ def test_without_a_limit_memory_is_measured(cp, monkeypatch):
 
 def test_what_cupy_keeps_counts_as_free(cp, monkeypatch):
     monkeypatch.setattr(cp.cuda.runtime, "memGetInfo", lambda: (0, 80 << 30))
-    pool = type("Pool", (), {"free_bytes": lambda self: 1 << 40})
+    pool = type("Pool", (), {"free_bytes": lambda self: 1 << 40, "get_limit": lambda self: 0})
     monkeypatch.setattr(cp, "get_default_memory_pool", pool)
     assert trained({"epochs": 1}, monkeypatch=monkeypatch)[1].executor == "graph"
 
