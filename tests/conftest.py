@@ -1,5 +1,6 @@
 """Fixtures: the backends that one suite runs on, and MNIST."""
 
+import gc
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: each takes one thread, and so do those that it starts
@@ -16,6 +17,13 @@ from backprop_gpu import backend as backends
 
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("suite")
+
+
+def pytest_collection_finish(session):
+    """Thousands of tests live as long as the process: each collection of garbage would look through them again."""
+    gc.collect()
+    gc.freeze()
+
 
 RAN = set()  # the tests that began in this process
 

@@ -17,7 +17,7 @@ class Unit:
     """Several texts on their way to a library, begun beside the tests, or by the test that needs them first."""
 
     def __init__(self, texts, check, pool):
-        self.build = functools.partial(cuda_on_cpu.Module, texts, check=check)
+        self.build = functools.partial(cuda_on_cpu.Module, texts, check=check, lines=False)
         self.begun = pool.submit(self.build)
 
     @functools.cached_property
@@ -45,7 +45,7 @@ def function(code, name, check):
 
 @functools.cache
 def _module(code, check):
-    return cuda_on_cpu.Module(code, check=check)
+    return cuda_on_cpu.Module(code, check=check, lines=False)
 
 
 def build_ahead(*parts):

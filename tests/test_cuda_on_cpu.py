@@ -1311,6 +1311,20 @@ def test_what_an_error_tells():
     assert (e.kernel, e.block, e.thread, e.argument, e.index, e.line) == ("k", (0, 0, 0), (63, 0, 0), 0, 64, 1)
 
 
+@pytest.mark.parametrize("check", [False, True])
+def test_an_error_names_its_line_where_the_unit_was_built_without_lines(check):
+    text = "\n\n" + CASES["global read one too far"].text.replace("EITHER(0, 1)", "1")
+    modules = [Module(text, check, lines=lines) for lines in (True, False)]
+    assert modules[0].path != modules[1].path
+    told = []
+    for module in modules:
+        with pytest.raises(KernelError) as e:
+            module.function("k")((1,), (64,), (numbers(64), np.zeros(64, F32)))
+        told.append(e.value)
+    assert str(told[0]) == str(told[1])
+    assert told[1].line == 3
+
+
 def test_a_failed_launch_copies_nothing_back_and_leaves_no_trace(host):
     scale, args = host.function("scale"), scale_arguments()
     for _ in range(3):

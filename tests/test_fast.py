@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from test_recording import WEIGHTS, K, network, same
+from test_recording import M as TAPED
 
 import backprop_gpu as bp
 from backprop_gpu import SGD, AdaDelta, AdaGrad, Adam, AdamW, Lion, NAdam, RMSProp, blas, numpy_ops
@@ -505,6 +507,13 @@ def test_data_that_does_not_lie_in_rows(monkeypatch, blobs):
     wide = np.repeat((10 * X + 100).astype(np.uint8), 2, axis=1)
     wide.flags.writeable = False
     hold_training(monkeypatch, wide[:, ::2], T)
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "adam", "sample_weight": WEIGHTS}], ids=["sgd", "adam"])
+def test_steps_of_a_tape_are_those_of_the_operations(monkeypatch, rng, settings):
+    """As test_recording.py says of NumPy's; here, where all that numba compiles for it is compiled already."""
+    X, T = rng.integers(0, 256, (TAPED, 4), dtype=np.uint8), rng.integers(0, K, TAPED)
+    same(monkeypatch, lambda: network(hidden="tanh"), X, T, **settings)
 
 
 # ------------------------------------------------------------------------------------------------ threads, processes

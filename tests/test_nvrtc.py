@@ -15,7 +15,7 @@ from backprop_gpu import cuda_source
 ARCHITECTURES = (70, 80, 90, 100, 120)
 ALL = os.environ.get("BACKPROP_GPU_TEST_ALL_VARIANTS") == "1"
 AT_A_TIME = 2  # NVRTC compiles in as many threads as call it
-FEW = 5  # variants of a file that each architecture compiles in the ordinary run, if that leaves none out
+FEW = 3  # variants of a file that each architecture compiles in the ordinary run, if that leaves none out
 
 # Registers that a thread may take. A multiprocessor has 65536, so of blocks of 256 threads it holds 4 at 64 registers,
 # 3 at 80 and 2 at 128.

@@ -154,13 +154,6 @@ def test_rules_on_more_than_one_block(monkeypatch, data):
     same(monkeypatch, lambda: network((4, 9, K), hidden="gelu"), *data, optimizer="adam")
 
 
-def test_with_the_operations_of_numba(monkeypatch, data):
-    pytest.importorskip("numba")
-    monkeypatch.setenv("BACKPROP_GPU_FAST", "1")
-    for settings in ({}, {"optimizer": "adam", "sample_weight": WEIGHTS}):
-        same(monkeypatch, lambda: network(hidden="tanh"), *data, **settings)
-
-
 # --------------------------------------------------------------------------------- what runs eagerly, and what not
 
 

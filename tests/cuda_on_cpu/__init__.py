@@ -30,13 +30,14 @@ TIME_LIMIT = 60.0  # seconds of CPU time that a launch may take
 MAX_SHARED = 227 * 1024  # as sm_90; older ones have 96 KiB at least
 
 # -O1: twice the build time for no gain above it. -fexpensive-optimizations: fuses multiply-adds, as NVRTC does.
-# -fno-threadsafe-statics, -fno-gnu-unique: each unit has its own static variables, and one thread. -g1: lines, no more.
+# -fno-threadsafe-statics, -fno-gnu-unique: each unit has its own static variables, and one thread.
 # -fstack-clash-protection: a large frame cannot step over the guard page below the stack.
-FLAGS = """-std=c++17 -O1 -fexpensive-optimizations -ffp-contract=fast -mfma -fno-math-errno -g1 -gdwarf-4 -fPIC -shared
+FLAGS = """-std=c++17 -O1 -fexpensive-optimizations -ffp-contract=fast -mfma -fno-math-errno -fPIC -shared
     -fvisibility=hidden -fno-exceptions -fno-rtti -fno-threadsafe-statics -fno-gnu-unique
     -U_FORTIFY_SOURCE -fstack-clash-protection -fmax-errors=5
     -Wall -Werror -Wno-unknown-pragmas -Wno-sign-compare -Wno-maybe-uninitialized -Wno-array-bounds
     -Wno-unused-variable -Wno-unused-but-set-variable -Wno-unused-function -Wno-unused-local-typedefs""".split()
+LINE_FLAGS = ["-g1", "-gdwarf-4"]  # they change no instruction, and take a fifth of a build
 CHECKS = "thread,shift,integer-divide-by-zero,unreachable,return,signed-integer-overflow,bounds,alignment,bool"
 CHECK_FLAGS = [f"-fsanitize={CHECKS}", "--param=tsan-instrument-func-entry-exit=0"]
 # -nodefaultlibs leaves out the sanitizers' own libraries; the runtime takes their place.
@@ -235,17 +236,23 @@ class Module:
     """CUDA texts, built into one library: what cupy.RawModule is on a GPU.
 
     check: look at every load and store, for bounds, races, uninitialised memory, alignment and undefined behaviour.
+    lines: build it so that an error can name its line; without, that is built once more when there is an error to tell.
     """
 
-    def __init__(self, codes, check=False, options=()):
+    def __init__(self, codes, check=False, options=(), lines=True):
         if reason := unavailable():
             raise KernelError(reason)
         self.texts = [codes] if isinstance(codes, str) else list(codes)
         self.check = check
         runtime, self._run = _runtime()
-        command = [compiler(), *FLAGS, *(CHECK_FLAGS if check else ()), *options, "unit.cpp", str(runtime), *LINK_FLAGS]
-        self.path = _built("unit", (self.texts, _sources()), self._files, command)
+        self._command = [compiler(), *FLAGS, *(CHECK_FLAGS if check else ()), *options]
+        self._command += ["unit.cpp", str(runtime), *LINK_FLAGS]
+        self.path = self._build(lines)
         self._library = ctypes.PyDLL(str(self.path))
+
+    def _build(self, lines):
+        command = [*self._command, *LINE_FLAGS] if lines else self._command
+        return _built("unit", (self.texts, _sources()), self._files, command)
 
     def _files(self):
         texts = [_without_comments(text) for text in self.texts]
@@ -269,7 +276,7 @@ class Module:
 
     def _places(self, addresses):
         """For each address in the library: (file, line) in the texts, or None."""
-        command = ["addr2line", "-a", "-i", "-e", str(self.path), *map(hex, addresses)]
+        command = ["addr2line", "-a", "-i", "-e", str(self._build(lines=True)), *map(hex, addresses)]
         output = subprocess.run(command, capture_output=True, text=True).stdout if shutil.which("addr2line") else ""
         frames = []  # of each address, from the inmost inlined function out
         for row in output.splitlines():

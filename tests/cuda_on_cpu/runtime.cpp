@@ -99,6 +99,9 @@ bool failed, allocating, late;
 void *scheduler_stack_pointer, *last_access;  // last_access: where in the unit, in check mode
 uint64_t random_state;
 
+Warp* running;  // the warp that has its turn,
+unsigned place_in_turn;  // and the place in it of the fiber that runs
+
 Fiber* me() { return static_cast<Fiber*>(const_cast<Thread*>(current)); }
 uint64_t random_number() {  // SplitMix64, good from seeds 1, 2, 3 on
     uint64_t z = random_state += 0x9e3779b97f4a7c15;
@@ -130,6 +133,27 @@ void resume(Fiber* fiber) {
     current = fiber;
     cuda_on_cpu_switch(&scheduler_stack_pointer, fiber->stack_pointer);
     current = nullptr;
+}
+// The next fiber of the warp that is ready, in its turn and then from the start again; null if none is.
+Fiber* next_in_turn(unsigned from) {
+    Warp& warp = *running;
+    while (warp.ready) {
+        for (unsigned i = from; i < warp.lanes; ++i) {
+            if (!(warp.ready >> warp.turn[i]->lane & 1)) continue;
+            place_in_turn = i;
+            return warp.turn[i];
+        }
+        from = 0;
+    }
+    return nullptr;
+}
+// Whoever is next runs, without a way round by the scheduler.
+void yield() {
+    Fiber *mine = me(), *next = failed || late ? nullptr : next_in_turn(place_in_turn + 1);
+    if (next == mine) return;
+    if (!next) return to_scheduler();
+    current = next;
+    cuda_on_cpu_switch(&mine->stack_pointer, next->stack_pointer);
 }
 
 // ---- failures -------------------------------------------------------------------------------------------------------
@@ -324,7 +348,7 @@ void wait(State state, Place at) {
     block.warps[me()->warp].ready &= ~(state == RUNNING ? 0 : 1u << me()->lane);
     me()->state = state;
     me()->place = at;
-    to_scheduler();
+    yield();
 }
 void thread_ends() {  // and is waited for no longer
     Warp& warp = block.warps[me()->warp];
@@ -339,7 +363,7 @@ void thread_ends() {  // and is waited for no longer
 void fiber_main() {
     kernel->call(kernel_arguments.data());
     thread_ends();
-    to_scheduler();
+    yield();
     abort();  // never resumed
 }
 void prepare(Fiber* fiber) {  // so that the next switch to it enters fiber_main
@@ -422,14 +446,12 @@ void run_block(unsigned id, unsigned threads) {
         if (launch->seed) shuffle_order(block.turn.data(), block.turn.size());
         for (Warp* warp : block.turn) {
             if (launch->seed) shuffle_order(warp->turn, warp->lanes);
-            while (warp->ready) {
-                for (unsigned i = 0; i < warp->lanes; ++i) {
-                    if (!(warp->ready >> warp->turn[i]->lane & 1)) continue;
-                    resume(warp->turn[i]);
-                    if (late) tell_endless(nullptr);
-                    if (failed) return;
-                    ran = true;
-                }
+            running = warp;
+            while (Fiber* first = next_in_turn(0)) {
+                resume(first);
+                if (late) tell_endless(nullptr);
+                if (failed) return;
+                ran = true;
             }
         }
         if (!ran) return tell_deadlock();
@@ -637,14 +659,19 @@ unsigned ballot(unsigned mask, int predicate, Place at) {
         if (group->present[slot] >> lane & 1) result |= unsigned(group->value[slot][lane]) << lane;
     return result;
 }
+static void copy_number(void* to, const void* from, size_t size) {  // its size known to the compiler where it is usual
+    if (size == 4) memcpy(to, from, 4);
+    else if (size == 8) memcpy(to, from, 8);
+    else memcpy(to, from, size);
+}
 void shuffle(unsigned mask, void* value, size_t size, unsigned from_lane, Place at) {
     uint64_t word = 0;
     unsigned slot;
-    memcpy(&word, value, size);
+    copy_number(&word, value, size);
     const Group* group = meet(mask, word, at, &slot, false);
     if (!(group->present[slot] >> from_lane & 1))
         fail_and_leave(at, "shuffle from lane %u, which has ended or takes no part", from_lane);
-    memcpy(value, &group->value[slot][from_lane], size);
+    copy_number(value, &group->value[slot][from_lane], size);
 }
 void atomic_access(const void* p, unsigned size) {
     if (launch->check) access(uintptr_t(p), size, true, true, __builtin_return_address(0));
