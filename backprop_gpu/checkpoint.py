@@ -50,9 +50,10 @@ _SUFFIXES = (".pt", ".pth", ".pkl", ".pickle", ".h5", ".hdf5", ".keras", ".ckpt"
 
 COLUMNS = ("train_cost", "train_accuracy", "validation_cost", "validation_accuracy", "lr", "steps", "gradient_norms")
 ENDS = ("epochs", "gradient", "still", "patience", "time", "callback")  # why a run is over
+_LISTS = {"slots", "vectors", "columns"}  # of which the metadata tell names and number
 _PROGRESS = {
     "epochs", "epoch", "position", "step", "lr", "samples", "stopped", "best_epoch", "gradient_error", "retreats",
-    "good_epoch", "first_cost", "began", "slots", "vectors", "columns",
+    "good_epoch", "first_cost", "began", "stop", "put_off", *_LISTS,
 }  # fmt: skip
 
 
@@ -72,7 +73,8 @@ class RunState:
     mean cost of its first step. `measured` (position, 2): what the steps of the epoch under way were judged by.
     `columns`: of the history, `COLUMNS`, an entry an epoch.
 
-    `began`: the SHA-256 of the parameters that it began with. `where`: backend, device, rung and versions, on which the
+    `stop`: whether a callback has set it in the epoch under way; `put_off`: how many of its steps no graph could
+    take. `began`: the SHA-256 of the parameters that it began with. `where`: backend, device, rung and versions, on which the
     last bits depend. `clock`: `seconds` of each epoch, `under_way` of the one after these, `elapsed` in all.
     """
 
@@ -94,6 +96,8 @@ class RunState:
     measured: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     began: str = ""
+    stop: bool = False
+    put_off: int = 0
     where: dict[str, Any] = field(default_factory=dict)
     clock: dict[str, Any] = field(default_factory=dict)
 
@@ -106,9 +110,14 @@ class RunState:
         """Whether nothing is left to do for a run of so many epochs."""
         return self.stopped is not None and (self.stopped != "epochs" or epochs == self.epochs)
 
+    @property
+    def stands(self) -> tuple[Any, ...]:
+        """What tells it from the same run at another moment."""
+        return self.step, self.epoch, self.position, self.stopped, self.epochs, len(self.retreats)
+
     def progress(self) -> dict[str, Any]:
         """The metadata of that name."""
-        told = {key: getattr(self, key) for key in _PROGRESS - {"slots", "vectors", "columns"}}
+        told = {key: getattr(self, key) for key in _PROGRESS - _LISTS}
         return {
             **told, "slots": len(self.slots), "vectors": sorted(self.vectors), "columns": sorted(self.columns),
         }  # fmt: skip
@@ -144,6 +153,7 @@ def save_network(net: Network, path: str | os.PathLike[str]) -> None:
 
 def write(net: Network, path: str | os.PathLike[str], run: RunState | None = None) -> None:
     """`save_network`, and the run that `net` is in."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save
 
     target = check_target(path)
@@ -164,7 +174,13 @@ def write(net: Network, path: str | os.PathLike[str], run: RunState | None = Non
     if run:
         parts = {"run": run.settings, "progress": run.progress(), "where": run.where, "clock": run.clock}
         metadata |= {key: json.dumps(part, sort_keys=True, allow_nan=False) for key, part in parts.items()}
-    content = save(tensors, metadata)
+    try:
+        content = save(tensors, metadata)
+    except (MemoryError, SafetensorError) as e:
+        cause = _first_line(e) if str(e) else "out of memory"
+        raise CheckpointError(
+            f"{path} is not written: {cause}", "free some memory; an older file is untouched"
+        ) from None
     length = int.from_bytes(content[:8], "little")
     header = _in_order(content[8 : 8 + length])
     if len(header) > MAX_HEADER:
@@ -222,7 +238,7 @@ def _load(path: Path, file: BinaryIO, backend: str, own: Own) -> Checkpoint:
         file.seek(0)
         _refuse_foreign_format(path, file.read(8))
     try:
-        header = _parsed(head[8:])
+        header = _object(head[8:])
         metadata = header.pop("__metadata__")
         if metadata["format"] != FORMAT:
             raise _bad(path, f"is a safetensors file, but of {_short(metadata['format'])}, not of {FORMAT}")
@@ -232,10 +248,10 @@ def _load(path: Path, file: BinaryIO, backend: str, own: Own) -> Checkpoint:
                 f"{path} has format version {_short(version)}, this library reads up to {VERSION!r}",
                 "install a newer backprop_gpu",
             )
-        config = _parsed(metadata["config"])
+        config = _object(metadata["config"])
         if version == "1":
             config = {**config, **_ADDED_IN_2}
-        digests = _parsed(metadata["sha256"])
+        digests = _object(metadata["sha256"])
         shapes = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
         in_training = version == VERSION and set(metadata) == _METADATA | _OF_A_RUN
         if (
@@ -247,7 +263,7 @@ def _load(path: Path, file: BinaryIO, backend: str, own: Own) -> Checkpoint:
         _refuse_lying_size(config["layers"], size)
         _refuse_unknown(path, config, own)
         net = _from_config(config, backend, own)
-        run = _run_of(net, *(_parsed(metadata[key]) for key in sorted(_OF_A_RUN))) if in_training else None
+        run = _run_of(net, *(_object(metadata[key]) for key in sorted(_OF_A_RUN))) if in_training else None
     except CheckpointError:
         raise
     except KeyError as e:
@@ -271,7 +287,8 @@ def _load(path: Path, file: BinaryIO, backend: str, own: Own) -> Checkpoint:
         if _sha256(value) != digests[name]:
             raise _bad(path, f"is damaged: {name} is not what was saved")
         # Of steps that were taken, what a slot sums up may overflow, and what is measured beside them may be anything.
-        finite = ~np.isnan(value) if name.startswith("optimizer.") else np.isfinite(value)
+        slot = name.startswith("optimizer.") or name[len("run.good.") :].isdigit()
+        finite = ~np.isnan(value) if slot else np.isfinite(value)
         if not (name.startswith("history.") or finite.all()):
             raise _bad(path, f"holds NaN or infinity in {name}")
     for name, p in tensors.items():
@@ -285,7 +302,7 @@ def _run_of(net: Network, clock: Any, progress: Any, settings: Any, where: Any) 
     """The run that the metadata describe, its arrays still missing; KeyError, TypeError, ValueError where none."""
     if set(progress) != _PROGRESS:
         raise ValueError("the run's progress has more or fewer entries than it should")
-    run = RunState(settings, **{key: progress[key] for key in _PROGRESS - {"slots", "vectors", "columns"}})
+    run = RunState(settings, **{key: progress[key] for key in _PROGRESS - _LISTS})
     run.clock, run.where = clock, where
     for key, low, high in (
         ("samples", 1, 2**53), ("batch_size", 1, settings["samples"]), ("frozen", 0, net.L - 1), ("seed", 0, 2**64 - 1),
@@ -296,24 +313,29 @@ def _run_of(net: Network, clock: Any, progress: Any, settings: Any, where: Any) 
     _whole("epoch", run.epoch, 0, run.epochs)
     _whole("position", run.position, 0, 0 if run.epoch == run.epochs or run.stopped else steps)
     at = run.epoch * steps + run.position
-    _whole("step", run.step, 1 if run.stopped == "time" else at, at)
+    _whole("step", run.step, 1 if run.stopped not in (None, "epochs") else at, at)
     _whole("samples", run.samples, 0, run.epochs * settings["samples"])
-    _whole("slots", progress["slots"], 0, 9)
-    if type(run.began) is not str or type(where) is not dict:
+    _whole("slots", progress["slots"], 0, 99)
+    if type(run.began) is not str or type(where.get("executor")) is not str:
         raise ValueError("the run's beginning or place is nothing to be told")
     if not (run.stopped is None or run.stopped in ENDS):
         raise ValueError(f"the run ended by {_short(run.stopped)}")
     if (run.stopped is None) == (run.epoch == run.epochs) and run.stopped in (None, "epochs"):
         raise ValueError(f"the run is over by {run.stopped} after {run.epoch} of {run.epochs} epochs")
+    _whole("put_off", run.put_off, 0, run.position)
+    if type(run.stop) is not bool:
+        raise ValueError(f"the run's stop is {_short(run.stop)}")
     if run.best_epoch is not None:
         _whole("best_epoch", run.best_epoch, 1, run.epoch)
     for step in run.retreats:
         _whole("retreats", step, 1, run.epochs * steps)
     _whole("good_epoch", run.good_epoch, 0, run.epoch)
     numbers = [run.lr, clock["under_way"], clock["elapsed"], *clock["seconds"]]
-    numbers += [x for x in (run.gradient_error, run.first_cost) if x is not None]
+    numbers += [] if run.gradient_error is None else [run.gradient_error]
     if not all(type(x) in (int, float) and 0 <= x < math.inf for x in numbers):
-        raise ValueError("the run's lr, costs or clock are no numbers from 0")
+        raise ValueError("the run's lr or clock are no numbers from 0")
+    if not (run.first_cost is None or (type(run.first_cost) in (int, float) and math.isfinite(run.first_cost))):
+        raise ValueError("the run's first cost is no number")
     if len(clock["seconds"]) not in (1, run.epoch):
         raise ValueError("the run's clock does not fit its epochs")
     run.slots = [np.zeros(0)] * progress["slots"]
@@ -322,8 +344,14 @@ def _run_of(net: Network, clock: Any, progress: Any, settings: Any, where: Any) 
     known = {"best", "last", "start", "good", "good.best", *(f"good.{k}" for k in range(1, len(run.slots) + 1))}
     if not (run.vectors.keys() <= known and run.columns.keys() <= set(COLUMNS)):
         raise ValueError("the run has vectors or columns that nobody knows")
-    if not {"train_cost", "lr", "steps"} <= run.columns.keys():
+    wanted = {"train_cost", "lr", "steps"} | ({"validation_cost"} if settings["validation"] and run.epoch else set())
+    if not wanted <= run.columns.keys():
         raise ValueError("the run's history lacks a column")
+    remembered = {"good", *(f"good.{k}" for k in range(1, len(run.slots) + 1))} if settings["retreats"] else set()
+    if settings["parameter_tolerance"] is not None and run.position:
+        remembered.add("start")
+    if not remembered <= run.vectors.keys():
+        raise ValueError("the run lacks what it has to remember")
     return run
 
 
@@ -425,9 +453,12 @@ def _listed(setting: Any) -> list[Any]:
     return setting if isinstance(setting, list) else [setting]
 
 
-def _parsed(text: str | bytes) -> Any:
-    """JSON, without an entry that stands there twice, and without NaN."""
-    return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+def _object(text: str | bytes) -> dict[str, Any]:
+    """An object of JSON, without an entry that stands there twice, and without NaN."""
+    found = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    if type(found) is not dict:
+        raise ValueError("a part of it is no object of JSON")
+    return found
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import click
 import numpy as np
 
-from . import __version__, backend, checkpoint, datasets, report, specs, training
+from . import __version__, backend, checkpoint, datasets, files, report, specs, training
 from .activations import HIDDEN, OUTPUT
 from .batches import KINDS, check_seed
 from .costs import COSTS, MAKERS, REDUCTIONS
@@ -333,10 +333,10 @@ def train(
         except Stopped as e:
             _tell_stopped(e.word, bar.run, save)
             sys.exit(e.code)
+    over = history.resumed is not None and bar.run is None  # nothing was left to do
     if history.resumed is not None:
-        over = history.resumed == history.steps[-1]
         report.tell(f"the run in {save} {'is over since' if over else 'went on after'} step {history.resumed}")
-    if save is not None and history.resumed != history.steps[-1]:
+    if save is not None and not over:
         report.tell(f"saved to {save}")
     seconds = sum(history.seconds)
     tested = training.evaluate(net, *test_set, reduction=settings["reduction"]) if test_set else None
@@ -375,7 +375,8 @@ def train(
 
 def _refuse_another_beginning(net: Network, save: Path) -> None:
     """Parameters taken over from another model are no setting that the file of a run would tell."""
-    if not save.is_file() or not save.stat().st_size:
+    target = files.resolve(save)
+    if not target.is_file() or not target.stat().st_size:
         return
     found = checkpoint.read(save, net.backend.name)
     alike = all(getattr(found.net, name) == getattr(net, name) for name in checkpoint.SETTINGS)
@@ -399,13 +400,17 @@ def _outputs(data: str, labels: np.ndarray, are_labels: bool) -> int:
 
 def _tell_stopped(word: str, run: Run | None, save: Path | None) -> None:
     """Say where training was stopped and what `train` has saved."""
-    step = run.step if run else 0
-    if run and not run.whole:
-        report.tell(f"{PROGRAM}: {word} in the middle of step {step + 1}; nothing saved")
-    elif save is not None and step:
-        report.tell(f"{PROGRAM}: {word} after step {step}; the network of that step is saved to {save}")
+    if run is None:
+        report.tell(f"{PROGRAM}: {word} before the first step; nothing saved")
+        return
+    where = f"after step {run.step}" if run.whole else f"in the middle of step {run.step + 1}"
+    if run.saved is None:
+        kept = "nothing saved"
+    elif run.whole and run.saved == run.step:
+        kept = f"the network of that step is saved to {save}"
     else:
-        report.tell(f"{PROGRAM}: {word} after step {step}; nothing saved")
+        kept = f"{save} holds step {run.saved}"
+    report.tell(f"{PROGRAM}: {word} {where}; {kept}")
 
 
 @cli.command()
@@ -672,12 +677,10 @@ def _run(args: Sequence[str] | None) -> int:
     except click.UsageError as e:
         command = e.ctx.command_path if e.ctx else PROGRAM
         return _fail(e.format_message(), f"see {command} --help", 2)
-    except ConfigError as e:
-        return _fail(e.cause, e.cure, 2)
     except BackpropGPUError as e:
         for note in getattr(e, "__notes__", ()):
-            report.tell(f"{PROGRAM}: {_one_line(note)}")
-        return _fail(e.cause, e.cure, 1)
+            report.tell(f"{PROGRAM}: {report.one_line(note)}")
+        return _fail(e.cause, e.cure, 2 if isinstance(e, ConfigError) else 1)
     except MemoryError as e:
         return _fail(f"out of memory: {e}" if str(e) else "out of memory", "take smaller layers or batches", 1)
     except Warning as e:  # python -W error
@@ -692,11 +695,6 @@ def _run(args: Sequence[str] | None) -> int:
 
 
 def _fail(cause: str, cure: str, code: int) -> int:
-    report.tell(f"{PROGRAM}: error: {_one_line(cause)}")
-    report.tell(f"{PROGRAM}: try: {_one_line(cure)}")
+    report.tell(f"{PROGRAM}: error: {report.one_line(cause)}")
+    report.tell(f"{PROGRAM}: try: {report.one_line(cure)}")
     return code
-
-
-def _one_line(text: str) -> str:
-    """`text` without what would break the line or drive the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -60,6 +60,7 @@ class Eager:
     """
 
     rung = "eager"
+    put_off = 0  # steps of the epoch that were not taken together with others, out of the ordinary as they were
     sizes: tuple[int, ...] = (1,)  # how many steps are recorded together, largest first
     description: str | None = None  # of the operations of a step, where there is a plan of them
 
@@ -113,11 +114,13 @@ class Eager:
         """1 at the weights of theta, where penalties want to know."""
         return self.problem.net.weight_mask()[self._start :] if self.problem.regularization else None
 
-    def begin(self, order: np.ndarray, ends: Sequence[int], lrs: Sequence[float], t: int, i: int = 0) -> None:
+    def begin(
+        self, order: np.ndarray, ends: Sequence[int], lrs: Sequence[float], t: int, i: int = 0, put_off: int = 0
+    ) -> None:
         """Before an epoch: its samples in order, where its batches begin and end, the learning rate of each step.
 
-        t is the first step's (from 1), i the step of the epoch (from 0) with which it goes on. All that an epoch takes
-        to the device.
+        t is the first step's (from 1), i the step of the epoch (from 0) with which it goes on, `put_off` the executor's
+        own number of that name then. All that an epoch takes to the device.
         """
         be = self.problem.net.backend
         self.rows = be.ops.step_rows(self.rule, lrs, t)
@@ -418,7 +421,9 @@ class Graph(Eager):
             return cublaslt.hidden_delta(library, a, b, out, **how)
         return cublaslt.weight_gradient(library, a, b, out, vector, wanted.alpha, **how)
 
-    def begin(self, order: np.ndarray, ends: Sequence[int], lrs: Sequence[float], t: int, i: int = 0) -> None:
+    def begin(
+        self, order: np.ndarray, ends: Sequence[int], lrs: Sequence[float], t: int, i: int = 0, put_off: int = 0
+    ) -> None:
         """As `Eager.begin`, into buffers that stay where they are."""
         if self.feed:
             self.feed.begin(order, ends)
@@ -426,11 +431,11 @@ class Graph(Eager):
             self.order = self._order[: len(order)]
             if not (self._next and self._next.put(order, self.order)):
                 self.order.set(order)
-        self.rows, self.ends, self.t, self._done, self._put_off = self._rows, ends, t, i, 0
+        self.rows, self.ends, self.t, self._done, self.put_off = self._rows, ends, t, i, put_off
         self._rows[: len(lrs)].set(self.ops.host_rows(self.rule, lrs, t))
         self._go_on_from(i)
         decays = max(lrs) * self.rule.weight_decay < 1
-        self._ordinary = max(lrs) <= plans.MOST_LR and decays and self.failed is None
+        self._ordinary = max(lrs) <= plans.MOST_LR and decays and self.failed is None and put_off < MANY
 
     def ahead(self, order: np.ndarray) -> None:
         """As `Eager.ahead`, on a stream of its own."""
@@ -498,8 +503,8 @@ class Graph(Eager):
         """Take the steps that were put off, if there are any. Waits for the device."""
         while unusual := int(self._state[plans.UNUSUAL]):
             i, done = unusual - self.t, self._done
-            self._put_off += 1
-            if self._put_off == MANY:  # the rest of the epoch would be launched again and again
+            self.put_off += 1
+            if self.put_off == MANY:  # the rest of the epoch would be launched again and again
                 self._ordinary = False
             super().step(i, self.ends[i], self.ends[i + 1], self.measured[i])
             if int(self.diverged[0]):

@@ -59,7 +59,7 @@ class Run:
 
     `epoch`, from 1, is under way or just over; `step` says how many steps of the whole run are done, `lr` is the last
     one's. Set `stop` to end the run after this epoch. `whole` is False only while a step is under way: then theta may
-    be between two steps.
+    be between two steps. `saved`: how many steps were done when the run was last written to its file.
     """
 
     net: Network
@@ -71,6 +71,7 @@ class Run:
     lr: float = 0.0
     stop: bool = False
     whole: bool = True
+    saved: int | None = None
 
 
 class OnStep(Protocol):

@@ -26,7 +26,7 @@ from .interrupts import WholeSteps
 from .network import CHUNK_ROWS, Batch, Views, backward, forward
 from .optimizers import Optimizer
 from .regularization import Regularization
-from .resume import Checkpoints, digest, whereabouts
+from .resume import Checkpoints, digest
 from .schedules import Schedule, during
 from .stopping import Ending
 from .tally import Tally, tally_for
@@ -73,6 +73,7 @@ class Loop:
         self._closed, self._position = 0, 0  # epochs that are over; steps of the one under way
         self._samples = 0  # that the closed ones have seen
         self._under_way = 0.0  # seconds of the epoch under way, from before the run was resumed
+        self._since, self._put_off = self._began, 0  # when that epoch began; of the executor, from before likewise
         self._start: Array | None = None  # parameters where the epoch under way began, where somebody asks for them
         # What a run that diverges goes back to: vectors, how many epochs were closed then, the cost of the first step.
         self._good: dict[str, Array] = {}
@@ -89,16 +90,13 @@ class Loop:
     # --------------------------------------------------------------------------------------------- the run
 
     def go(self) -> None:
-        """Train until the run ends. Whatever stops it, the last whole step is in the file, if there is to be one."""
+        """Train until the run ends. Where it is stopped, the last whole step is in the file, if there is to be one."""
         run = self.run
         try:
             with told(run.net.backend.xp, self.batch_size):
                 while not run.history.stopped:
                     self._epoch()
-            if self.ending.patience is not None:
-                self._last = run.net.theta.copy()
-            run.history.best_epoch = self.ending.restore()
-            self._save(last=True)
+                self._save(last=True)
         except BaseException as e:
             self._save_after(e)
             raise
@@ -107,7 +105,7 @@ class Loop:
         """Take the steps of the epoch that are left, and close it; or go back to its start."""
         run, history, executor = self.run, self.run.history, self.executor
         steps, run.epoch = run.steps_per_epoch, self._closed + 1
-        start = time.perf_counter() - self._under_way
+        self._since = time.perf_counter() - self._under_way
         order, whole_ends = self._next or self._plan(run.epoch)
         self._next, ends = None, whole_ends.tolist()
         watched: Any = history.train_cost if self.held_out is None else history.validation_cost
@@ -119,9 +117,10 @@ class Loop:
         if self.gradient_error and not run.step:
             history.gradient_error = executor.gradient_error(order, ends)
         self._lrs = lrs
-        executor.begin(order, ends, lrs, first + 1, self._position)
+        executor.begin(order, ends, lrs, first + 1, self._position, self._put_off)
+        self._put_off = 0
         try:
-            late = self._steps(start)
+            late = self._steps()
             if run.epoch < run.epochs and not late:  # while a GPU is at work
                 self._next = self._plan(run.epoch + 1)
                 executor.ahead(self._next[0])
@@ -129,7 +128,7 @@ class Loop:
         except DivergenceError as e:
             self._retreat(e)
             return
-        self._close(order, ends, lrs, start, late)
+        self._close(order, ends, lrs, late)
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         return epoch_plan(self.batches, len(self.problem.samples), self.batch_size, self.seed, epoch)
@@ -144,7 +143,7 @@ class Loop:
             if self.ending.best is not None:
                 self._good["good.best"] = self.ending.best
 
-    def _steps(self, start: float) -> bool:
+    def _steps(self) -> bool:
         """The steps that the epoch still has; True where the time was over before them."""
         run, steps, checkpoints = self.run, self.run.steps_per_epoch, self.checkpoints
         while self._position < steps:
@@ -164,7 +163,6 @@ class Loop:
                 call(hook, run)
             due = checkpoints is not None and checkpoints.due(run.step)
             if due or self.whole_steps.waiting:
-                self._under_way = time.perf_counter() - start
                 self._settle()
             if due:
                 self._save()
@@ -176,15 +174,20 @@ class Loop:
     def _settle(self) -> None:
         """Wait for the steps so far; DivergenceError where one of them left the finite numbers."""
         run, executor, history = self.run, self.executor, self.run.history
+        run.whole = False
         executor.finish()
+        run.whole = True
         history.executor = executor.told
         diverged = int(executor.diverged[0])  # the host waits for the device here
         if diverged:
             if diverged == 1:  # on a GPU the host hears of it here
                 run.net.criterion, run.net.task = self._before
             run.step, self._position = diverged - 1, (diverged - 1) % run.steps_per_epoch
-            run.lr = self._lrs[self._position - 1] if self._position else run.lr
+            run.lr = self._lrs[self._position - 1] if self._position else self._lr_of_last_epoch()
             raise DivergenceError(run.epoch, diverged, self._lrs[self._position], self._cost_before())
+
+    def _lr_of_last_epoch(self) -> float:
+        return self.run.history.lr[-1] if self._closed else 0.0
 
     def _cost_before(self) -> float | None:
         """Of the last step that was taken, or the last epoch, the mean cost; None before the first step."""
@@ -200,6 +203,7 @@ class Loop:
         run, history, n = self.run, self.run.history, self._good_epoch
         if len(history.retreats) >= self.retreats:
             raise e
+        run.whole = False
         history.retreats.append(e.step)
         for name in ("epoch", "seconds", *COLUMNS):
             del getattr(history, name)[n:]
@@ -209,21 +213,20 @@ class Loop:
             slot[...] = self._good[f"good.{k}"]
         self.ending.go_on(history.validation_cost, self._good.get("good.best"))
         self.executor.diverged[...] = 0
-        self._closed, run.step, run.lr = n, n * run.steps_per_epoch, history.lr[-1] if n else 0.0
-        self._position, self._under_way, self._next = 0, 0.0, None
+        self._closed, run.step, self._position, self._under_way, self._next = n, n * run.steps_per_epoch, 0, 0.0, None
+        run.lr, run.whole = self._lr_of_last_epoch(), True
         warnings.warn(
             f"{e.cause}; back to the start of epoch {n + 1} with half the learning rate "
             f"({len(history.retreats)} of {self.retreats} times)",
             stacklevel=2,
         )
 
-    def _close(self, order: np.ndarray, ends: list[int], lrs: Sequence[float], start: float, late: bool) -> None:
+    def _close(self, order: np.ndarray, ends: list[int], lrs: Sequence[float], late: bool) -> None:
         """What is to be done and told after the steps of an epoch."""
         run, history, executor, problem = self.run, self.run.history, self.executor, self.problem
         done, seen = self._position, order[: ends[self._position]]
         cost_sum, right = to_host(executor.measured)[:done].sum(axis=0)
-        self._under_way = time.perf_counter() - start
-        history.seconds.append(self._under_way)
+        history.seconds.append(time.perf_counter() - self._since)
         history.epoch.append(run.epoch)
         history.train_cost.append(float(cost_sum) / whole(self.weights, seen, problem.reduction))
         history.train_accuracy.append(None if problem.samples.task == "regression" else float(right) / len(seen))
@@ -249,20 +252,27 @@ class Loop:
         if self.ending.parameter_tolerance is not None and max(lrs[:done]) > 0:
             moved = float(abs(run.net.theta - self._start).max())
         reason = self.ending.reason(run.epoch, run.stop, norms and norms.whole, after and after.cost, late, moved)
-        history.stopped = reason or ("epochs" if run.epoch == run.epochs else None)
-        if run.epoch == 1:
+        reason = reason or ("epochs" if run.epoch == run.epochs else "")
+        if run.epoch == 1 and self.retreats:
             self._first_cost = float(executor.measured[0, 0]) / whole(self.weights, order[: ends[1]], problem.reduction)
+        self._warn_of_no_progress(run.epoch)
+        last = run.net.theta.copy() if reason and self.ending.patience is not None else None
+        best_epoch, best = self.ending.outcome() if reason else (None, None)
+        run.whole = False  # until here, a run that is cut closes the epoch again
+        if best is not None:
+            run.net.theta[...] = best
+        self._last, history.best_epoch, history.stopped = last, best_epoch, reason or None
         self._closed, self._position, self._under_way, self._samples = run.epoch, 0, 0.0, history.samples
-        self._warn_of_no_progress()
-        if not history.stopped:
+        run.whole = True
+        if not reason:
             if self.checkpoints and self.checkpoints.due_after_epoch(run.epoch):
                 self._save()
             self.whole_steps.deliver()
 
-    def _warn_of_no_progress(self) -> None:
+    def _warn_of_no_progress(self, epoch: int) -> None:
         """Once, where the second epoch costs what the first one did."""
         costs, moving = self.run.history.train_cost, self.run.history.lr[0] > 0
-        if self._closed == 2 and moving and abs(costs[1] - costs[0]) < STILL * costs[0]:
+        if epoch == 2 and moving and abs(costs[1] - costs[0]) < STILL * costs[0]:
             warnings.warn(
                 f"no progress: the training cost was {costs[0]:.6g} in each of the first two epochs; take a larger lr, "
                 "or another initialiser or activation (units that are 0 for every sample learn nothing)",
@@ -291,13 +301,15 @@ class Loop:
             if None not in (values := getattr(history, name))[:n] and (n or name in ("train_cost", "lr", "steps"))
         }
         error = history.gradient_error
+        under_way = time.perf_counter() - self._since if self._position else 0.0
         return RunState(
             self.settings, run.epochs, n, self._position, run.step, run.lr, self._samples, history.stopped,
             history.best_epoch, error if error is None or math.isfinite(error) else None, list(history.retreats),
             self._good_epoch, self._first_cost,
             [to_host(slot) for slot in self.executor.slots], vectors, to_host(self.executor.measured)[: self._position],
-            columns, self._theta_at_first, whereabouts(run.net.backend, self.executor.told),
-            {"seconds": seconds, "under_way": self._under_way, "elapsed": time.perf_counter() - self._began},
+            columns, self._theta_at_first, run.stop, self.executor.put_off if self._position else 0,
+            self.checkpoints.whereabouts(run.net.backend, self.executor.told) if self.checkpoints else {},
+            {"seconds": seconds, "under_way": under_way, "elapsed": time.perf_counter() - self._began},
         )  # fmt: skip
 
     def _save(self, last: bool = False) -> None:
@@ -305,6 +317,8 @@ class Loop:
             self._saving = True
             self.checkpoints.write(self.run.net, self.state(), last)
             self._saving = False
+            if self.checkpoints.saved:
+                self.run.saved = self.checkpoints.saved[0]
 
     def _save_after(self, e: BaseException) -> None:
         """Save the last whole step, where a signal or an error has stopped the run, unless the file is better."""
@@ -318,54 +332,61 @@ class Loop:
                 with suppress(DivergenceError):  # on a GPU, of a step that was taken for done
                     self._settle()
                 self._save(last=True)
-            except CheckpointError as failed:
+            except Exception as failed:
                 if not isinstance(e, Exception):
                     raise
-                e.add_note(f"the run could not be saved: {failed.cause}")
+                e.add_note(f"the run could not be saved: {(str(failed).splitlines() or [''])[0]}")
         if self.checkpoints.saved:
             e.add_note(f"{self.checkpoints.name} holds the run after step {self.checkpoints.saved[0]}")
 
     def go_on_from(self, found: Checkpoint) -> None:
-        """Put everything where it was when the file was written. Raises CheckpointError before anything has changed."""
-        run, history, state = self.run, self.run.history, found.run
+        """Put everything where it was when the file was written.
+
+        Raises CheckpointError, ConfigError, and BackendError for want of memory, before anything has changed.
+        """
+        run, history, state, slots = self.run, self.run.history, found.run, self.executor.slots
         assert state is not None
-        slots = self.executor.slots
         if len(slots) != len(state.slots):
             raise CheckpointError(f"the file has {len(state.slots)} slots, not {len(slots)}", "save to another file")
-        watched = state.columns.get("train_cost" if self.held_out is None else "validation_cost", np.zeros(0)).tolist()
-        scheduled, halves = during(self.factor, watched), 0.5 ** len(state.retreats)
-        if state.position and run.epochs == state.epochs:
-            lr = lr_of(self.rule.lr * halves, scheduled, state.step - 1, run.epochs * run.steps_per_epoch)
-            if lr != state.lr:
-                raise ConfigError(
-                    f"the schedule makes lr {lr:g} in step {state.step}, which was {state.lr:g}", "give the same one"
-                )
-        if self.checkpoints:
-            self.checkpoints.compare(state, whereabouts(run.net.backend, self.executor.told))
+        self._refuse_another_schedule(state)
         place = run.net.backend.asarray
-        last = state.vectors.get("last")
-        run.net.theta[...] = found.net.theta if last is None else place(last)
-        for slot, saved in zip(slots, state.slots, strict=True):
-            slot[...] = place(saved)
+        vectors = {name: place(a) for name, a in state.vectors.items()}
+        saved, measured = [place(slot) for slot in state.slots], place(state.measured)
+        if self.checkpoints:
+            self.checkpoints.compare(state, self.checkpoints.whereabouts(run.net.backend, self.executor.told))
+            run.saved = state.step
+        run.net.theta[...] = vectors.get("last", found.net.theta)
+        for slot, then in zip(slots, saved, strict=True):
+            slot[...] = then
         if state.step:
             run.net.criterion, run.net.task = self.learned
-        self._good = {name: place(a) for name, a in state.vectors.items() if name.startswith("good")}
-        self._good_epoch, self._first_cost = state.good_epoch, state.first_cost
-        self._theta_at_first = state.began
-        if "start" in state.vectors:
-            self._start = place(state.vectors["start"])
-        self.executor.measured[: state.position] = place(state.measured)
+        self.executor.measured[: state.position] = measured
         recall(history, state)
         history.stopped = history.best_epoch = None
+        self._good = {name: a for name, a in vectors.items() if name.startswith("good")}
+        self._good_epoch, self._first_cost = state.good_epoch, state.first_cost
+        self._theta_at_first, self._start = state.began, vectors.get("start")
         self._closed, self._position, self._samples = state.epoch, state.position, state.samples
-        run.epoch, run.step, run.lr = state.epoch, state.step, state.lr
-        self._under_way = state.clock["under_way"]
+        self._put_off, self._under_way = state.put_off, state.clock["under_way"]
+        run.epoch, run.step, run.lr, run.stop = state.epoch, state.step, state.lr, state.stop
         self._began -= state.clock["elapsed"]
         self.ending.start(state.clock["elapsed"])
-        best = state.vectors.get("best")
         if self.ending.patience is not None:
-            of_best = found.net.theta if best is None else place(best)
-            self.ending.go_on(history.validation_cost, of_best)
+            self.ending.go_on(history.validation_cost, vectors.get("best", found.net.theta))
+
+    def _refuse_another_schedule(self, state: RunState) -> None:
+        """ConfigError where the schedule, which may be anybody's function, makes another lr of the last step."""
+        changed = self.run.epochs != state.epochs or (state.retreats and not state.position)
+        if not state.step or changed:
+            return
+        watched = state.columns.get("train_cost" if self.held_out is None else "validation_cost", np.zeros(0)).tolist()
+        scheduled = during(self.factor, watched if state.position else watched[:-1])
+        lr, total = self.rule.lr * 0.5 ** len(state.retreats), self.run.epochs * self.run.steps_per_epoch
+        lr = lr_of(lr, scheduled, state.step - 1, total)
+        if lr != state.lr:
+            raise ConfigError(
+                f"the schedule makes lr {lr:g} in step {state.step}, which was {state.lr:g}", "give the same one"
+            )
 
 
 def recall(history: History, state: RunState) -> None:

@@ -207,7 +207,7 @@ def model_text(found: dict[str, Any]) -> str:
         f"predicts {found['task']}",
     ]
     if run is None:
-        return "\n".join([*lines, "run          none: a network alone"])
+        return "\n".join(map(one_line, [*lines, "run          none: a network alone"]))
     total, seconds = run["epochs"] * run["steps_per_epoch"], run["clock"]["elapsed"]
     over = f"over, by {STOPPED.get(run['stopped'], 'its epochs')}" if run["stopped"] else "to go on with resume"
     lines.append(f"run          {run['epoch']} of {run['epochs']} epochs, {run['step']} of {total} steps: {over}")
@@ -219,7 +219,7 @@ def model_text(found: dict[str, Any]) -> str:
         words = (f"{key.replace('_', ' ')} {value:.6g}" for key, value in of.items())
         lines.append(f"last epoch   {', '.join(words)}")
     where = (f"{key} {value}" for key, value in run["where"].items() if key != "rung")
-    return "\n".join([*lines, f"written on   {', '.join(where)}, after {seconds:.1f} s"])
+    return "\n".join(map(one_line, [*lines, f"written on   {', '.join(where)}, after {seconds:.1f} s"]))
 
 
 def _setting(value: Any) -> str:
@@ -342,6 +342,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)):
         return plain(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def one_line(text: str) -> str:
+    """`text` without what would break the line or drive the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def tell(line: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import re
 import time
@@ -18,7 +19,7 @@ import numpy as np
 from . import blas, checkpoint
 from .activations import OUTPUT, Array
 from .backend import Backend, to_host
-from .checkpoint import Checkpoint, RunState
+from .checkpoint import MOST_WORDS, Checkpoint, RunState
 from .costs import MAKERS, Cost
 from .errors import CheckpointError, ConfigError
 from .inputs import Samples
@@ -67,6 +68,7 @@ class Checkpoints:
         self.on_error = on_error
         self.saved: tuple[Any, ...] | None = None  # where the run stood when it was written last
         self._written = time.monotonic()
+        self._threads = blas.threads.now()  # outside of a run, which sets it from product to product
 
     def until(self, step: int) -> int | None:
         """How many steps may be taken after `step` before it has to be looked whether a checkpoint is due."""
@@ -86,8 +88,7 @@ class Checkpoints:
     def write(self, net: Network, run: RunState, last: bool) -> None:
         """Write it, unless the run stands where it stood. `last`: the run ends here. Raises CheckpointError."""
         self._written = time.monotonic()
-        stands = run.step, run.epoch, run.position, run.stopped, run.epochs
-        if stands == self.saved:
+        if run.stands == self.saved:
             return
         try:
             checkpoint.write(net, self.path, run)
@@ -96,7 +97,7 @@ class Checkpoints:
                 raise
             warnings.warn(f"no checkpoint of step {run.step}: {e.cause}; the run goes on", stacklevel=2)
         else:
-            self.saved = stands
+            self.saved = run.stands
 
     def read(self, net: Network, cost: Cost, settings: Mapping[str, Any], epochs: int) -> Checkpoint | None:
         """What `net` is to go on from; None where there is nothing yet. `net` stays as it is.
@@ -117,21 +118,29 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.name} holds a network, but no run to go on with", "leave resume out, or save to another file"
             )
-        here: dict[str, Any] = {name: getattr(net, name) for name in checkpoint.SETTINGS} | dict(settings)
-        there = {name: getattr(found.net, name) for name in checkpoint.SETTINGS} | run.settings
-        if other := _difference(here, there):
-            name, mine, its = other
-            shown = "other data" if name.split()[0] in _DATA else f"{mine}, not {its}"
+        here, there = ({name: getattr(of, name) for name in checkpoint.SETTINGS} for of in (net, found.net))
+        if other := _difference(here, there) or _difference(settings, run.settings):
+            name, mine, its = map(_shown, other)
+            shown = "other data" if name.partition(" ")[0] in _DATA else f"{mine}, not {its}"
             raise ConfigError(f"{name} is {shown} as in the run that {self.name} holds", _SAME)
         if epochs < run.epochs:
             raise ConfigError(f"epochs is {epochs}, not {run.epochs} as in the run that {self.name} holds", _MORE)
-        self.saved = run.step, run.epoch, run.position, run.stopped, run.epochs
+        self.saved = run.stands
         return found
+
+    def whereabouts(self, be: Backend, executor: str) -> dict[str, Any]:
+        """On what the last bits of a run depend beside its settings."""
+        rung = executor.partition(":")[0]  # without the reason
+        rung = rung.replace("replay", "eager") if be.name == "numpy" else rung  # the same bits
+        rung = rung.replace(", data streamed", "")
+        found: dict[str, Any] = {"executor": executor, "backend": be.name, "device": be.device, "rung": rung}
+        found |= {"numpy": np.__version__, "blas": blas.core(), "threads": self._threads}
+        return found | ({} if be.name == "numpy" else {"cupy": be.xp.__version__})
 
     def compare(self, run: RunState, where: Mapping[str, Any]) -> None:
         """Warn where the last bits will not be those of a run that was never stopped."""
         keys = [key for key in where if key != "executor" and where[key] != run.where.get(key)]
-        other = [f"{key} {where[key]}, not {run.where.get(key)}" for key in keys]
+        other = [f"{key} {where[key]}, not {_shown(run.where.get(key))}" for key in keys]
         if other:
             warnings.warn(
                 f"the run goes on elsewhere than it began ({'; '.join(other)}): its last bits may differ from those "
@@ -152,10 +161,17 @@ def _difference(here: Mapping[str, Any], there: Mapping[str, Any], inside: str =
         if mine == its:
             continue
         if isinstance(mine, dict) and isinstance(its, dict) and mine.get("name") == its.get("name"):
-            return _difference(mine, its, f" of {name}")
+            if found := _difference(mine, its, f" of {name}"):
+                return found
+            continue
         mine, its = (v.get("name", v) if isinstance(v, dict) else v for v in (mine, its))
         return f"{name}{inside}", mine, its
     return None
+
+
+def _shown(value: Any) -> str:
+    """What a file says, in a line."""
+    return " ".join(str(value).split())[:MOST_WORDS]
 
 
 def described(value: Any) -> Any:
@@ -166,7 +182,9 @@ def described(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [described(v) for v in value]
     if isinstance(value, np.generic):
-        return value.item()
+        return described(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return getattr(value, "__qualname__", type(value).__qualname__)
@@ -186,13 +204,3 @@ def digest(a: Array) -> str:
     found = hashlib.sha256(f"{host.dtype.str}{host.shape}".encode())
     found.update(host.data)
     return found.hexdigest()
-
-
-def whereabouts(be: Backend, executor: str) -> dict[str, Any]:
-    """On what the last bits of a run depend beside its settings."""
-    rung = executor.partition(":")[0]  # without the reason
-    rung = rung.replace("replay", "eager") if be.name == "numpy" else rung  # the same bits
-    rung = rung.replace(", data streamed", "")
-    found: dict[str, Any] = {"executor": executor, "backend": be.name, "device": be.device, "rung": rung}
-    found |= {"numpy": np.__version__, "blas": blas.core(), "cores": blas.cores()}
-    return found | ({} if be.name == "numpy" else {"cupy": be.xp.__version__})

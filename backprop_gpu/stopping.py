@@ -83,13 +83,11 @@ class Ending:
             return "patience"
         return "time" if late else ""
 
-    def restore(self) -> int | None:
-        """Give the network the parameters of the best epoch, and say which it was; None without patience."""
+    def outcome(self) -> tuple[int | None, Any]:
+        """The best epoch, and its parameters where the network has others; None and None without patience."""
         if not self._best_epoch:
-            return None
-        if self._best_epoch != self._last_epoch:
-            self.net.theta[...] = self.best
-        return self._best_epoch
+            return None, None
+        return self._best_epoch, None if self._best_epoch == self._last_epoch else self.best
 
 
 def positive(name: str, value: Any) -> int:

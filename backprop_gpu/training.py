@@ -112,8 +112,8 @@ def train(
     those of checkpoints; a run that is over returns its history at once. Callbacks keep their own state.
     `on_checkpoint_error`: "raise", or "warn" and go on where a checkpoint under way cannot be written.
 
-    `retreats`: so many times at most, a run that diverges goes back to the end of the epoch with the lowest training
-    cost so far (to its start, where no epoch cost less than the first step), with half the learning rate from there on.
+    `retreats`: so many times at most, a run that diverges goes on after the epoch with the lowest training cost so far
+    (from its start, where no epoch cost less than the first step), with half the learning rate.
 
     Ctrl-C ends training after the step it falls into, raising KeyboardInterrupt with the network at that whole step; a
     second Ctrl-C does not wait. Raises DataError, ConfigError; DivergenceError when the cost, the gradient or the
@@ -194,6 +194,7 @@ def train(
         )  # fmt: skip
         if found:
             loop.go_on_from(found)
+            found = None  # its parameters and slots take memory
         loop.go()
     return history
 

@@ -1,5 +1,6 @@
 """Runs that are kept in a file: cut anywhere, they go on to the last bit; nothing is lost, and nothing is mixed up."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -651,7 +652,6 @@ def test_a_sweeper_that_comes_between_creation_and_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_lock", after_a_sweep)
     file, temporary = files._locked(tmp_path)
     with file:
-        assert os.path.sameopenfile(file.fileno(), file.fileno())
         assert [temporary] == list(tmp_path.iterdir())
         assert temporary != swept[0]
 
@@ -738,3 +738,279 @@ def test_backends_are_told_of_what_is_in_a_file(tmp_path):
     text = report.model_text(found)
     for words in ("4/6/3, 51 parameters", "3 of 3 epochs, 12 of 12 steps: over", "Adam(", "steps 12"):
         assert words in text
+
+
+# ------------------------------------------------------------------------------------------- files that are forged
+
+
+def forge(path, part, change):
+    """Change a part of the metadata; digests stay as they fit."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    of = json.loads(header["__metadata__"][part])
+    header["__metadata__"][part] = json.dumps({**of, **change} if isinstance(change, dict) else change)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("progress", {"position": 4}), ("progress", {"position": 5}), ("progress", {"step": 9}),
+        ("progress", {"samples": 10**9}), ("progress", {"stopped": "x"}), ("progress", {"stopped": "epochs"}),
+        ("progress", {"best_epoch": 9}), ("progress", {"retreats": [0]}), ("progress", {"good_epoch": 9}),
+        ("progress", {"began": 1}), ("progress", {"lr": -1}), ("progress", {"vectors": ["x"]}),
+        ("progress", {"columns": ["lr"]}), ("progress", {"more": 1}), ("progress", {"epoch": 0}),
+        ("progress", {"epochs": 1}), ("progress", {"stop": 0}), ("progress", {"put_off": 2}),
+        ("progress", {"first_cost": "1"}), ("progress", {"slots": 2}), ("progress", {"slots": 10**9}),
+        ("clock", {"seconds": [1, 2, 3]}), ("clock", {"elapsed": "1"}), ("clock", {"seconds": [-1]}),
+        ("where", []), ("where", {"executor": 1}), ("sha256", []), ("run", {"seed": 1}), ("run", {"frozen": 2}),
+        ("run", {"samples": 0}), ("run", {"batch_size": 51}), ("run", {"retreats": 1}), ("run", {"validation": {}}),
+        ("run", {"parameter_tolerance": 0}), ("run", []), ("config", []),
+    ],
+)  # fmt: skip
+def test_a_forged_run_is_refused(tmp_path, part, change):
+    cut(tmp_path / "m", 5, optimizer="momentum", epochs=4)
+    bp.load(tmp_path / "m", "numpy")
+    if change == {"validation": {}}:
+        change = {"validation": {"X": "0"}}
+    forge(tmp_path / "m", part, change)
+    with pytest.raises(bp.CheckpointError) as e:
+        bp.load(tmp_path / "m", "numpy")
+    assert len(str(e.value).splitlines()) == 2
+
+
+def test_settings_that_nobody_has_are_other_settings(tmp_path):
+    """Their names go into no line as they are; a null is a difference of none."""
+    cut(tmp_path / "m", 5)
+    forge(tmp_path / "m", "run", {"": "a\n" + "\x1b" * 999})
+    with pytest.raises(bp.ConfigError) as e:
+        train(tmp_path / "m", resume=True)
+    assert len(str(e.value).splitlines()) == 2
+    assert len(e.value.cause) < 600
+    cut(tmp_path / "m", 5)
+    optimizer = checkpoint.read(tmp_path / "m", "numpy").run.settings["optimizer"]
+    forge(tmp_path / "m", "run", {"optimizer": {**optimizer, "more": None}})
+    with pytest.raises(bp.ConfigError, match=r"l2 is 0\.5"):
+        train(tmp_path / "m", resume=True, l2=0.5)
+
+
+def test_what_a_file_says_does_not_drive_the_terminal(tmp_path):
+    cut(tmp_path / "m", 5)
+    forge(tmp_path / "m", "where", {"device": "a\nb\x1b[31m"})
+    text = report.model_text(report.model(tmp_path / "m"))
+    assert "\x1b" not in text
+    assert "device a\\nb" in text
+
+
+def test_a_file_for_which_there_is_no_memory(tmp_path, monkeypatch):
+    cut(tmp_path / "m", 5)
+
+    def none(content):
+        raise MemoryError
+
+    monkeypatch.setattr("safetensors.numpy.load", none)
+    with pytest.raises(bp.CheckpointError, match="does not fit into memory"):
+        bp.load(tmp_path / "m", "numpy")
+    monkeypatch.setattr("safetensors.numpy.save", lambda *args: none(args))
+    with pytest.raises(bp.CheckpointError, match="is not written: out of memory"):
+        bp.save(bp.Network([2, 2], backend="numpy"), tmp_path / "m")
+
+
+# ------------------------------------------------------------------------------------- state that is easily forgotten
+
+
+class Stops:
+    """A callback that sets `run.stop` at step 5."""
+
+    def on_step(self, run):
+        run.stop = run.stop or run.step == 5
+
+
+def test_a_stop_that_is_set_is_kept(tmp_path):
+    _, history = train(tmp_path / "whole", callbacks=[Stops()])
+    assert history.stopped == "callback"
+    with pytest.raises(Cut):
+        train(tmp_path / "m", callbacks=[Stops(), CutAfter(6)])
+    _, told = train(tmp_path / "m", resume=True)
+    assert remembered(told) == remembered(history)
+
+
+def test_costs_below_zero_and_settings_without_an_end(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Own:
+        limit: float = float("inf")
+
+        def __call__(self, step, total):
+            return 1.0
+
+    own = bp.Cost.of("own", lambda xp, Y, T: ((Y - T) ** 2).sum(axis=1) - 100, lambda xp, Y, T: 2 * (Y - T))
+    settings = {"cost": own, "network": {"output": "tanh"}, "retreats": 1, "schedule": Own(), "optimizer": bp.SGD(0.01)}
+    train(tmp_path / "whole", **settings)
+    cut(tmp_path / "m", 9, **settings)
+    assert checkpoint.read(tmp_path / "m", "numpy", own=[own]).run.first_cost < 0
+    train(tmp_path / "m", resume=True, **settings)
+    assert contents(tmp_path / "m") == contents(tmp_path / "whole")
+
+
+def test_a_time_limit_within_an_epoch_that_something_else_ends(tmp_path):
+    class Slow:
+        def on_step(self, run):
+            if run.step == 6:
+                time.sleep(0.3)
+
+        def __call__(self, run):
+            run.stop = run.epoch == 2
+
+    _, history = train(tmp_path / "m", time_limit=0.25, callbacks=[Slow()])
+    assert (history.stopped, history.steps) == ("callback", [4, 6])
+    assert remembered(train(tmp_path / "m", time_limit=0.25, resume=True)[1]) == remembered(history)
+
+
+def test_the_seed_of_the_network_and_that_of_the_run(tmp_path):
+    cut(tmp_path / "m", 5)
+    net = bp.Network([4, 6, 3], seed=99, backend="numpy")
+    with pytest.raises(bp.ConfigError, match="seed is 99, not 3"):
+        bp.train(net, X, T, None, "adam", epochs=EPOCHS, batch_size=14, save=tmp_path / "m", resume=True)
+
+
+def test_a_schedule_of_ones_own_is_known_between_epochs_too(tmp_path):
+    cut(tmp_path / "m", 4, schedule=lambda step, total: 1.0)
+    train(tmp_path / "n", schedule=lambda step, total: 1.0, epochs=2)
+    with pytest.raises(bp.ConfigError, match="the schedule makes lr"):
+        train(tmp_path / "m", resume=True, schedule=lambda step, total: 0.123)
+    train(tmp_path / "n", resume=True, schedule=lambda step, total: 1 / total, epochs=3)  # stretched
+
+
+def test_the_clock_goes_on(tmp_path):
+    class Slow:
+        def on_step(self, run):
+            time.sleep(0.02)
+            if run.step == 6:
+                raise KeyError
+
+    with pytest.raises(KeyError):
+        train(tmp_path / "m", callbacks=[Slow()])
+    clock = checkpoint.read(tmp_path / "m", "numpy").run.clock
+    assert clock["under_way"] >= 0.04
+    assert clock["elapsed"] >= 0.12
+    _, history = train(tmp_path / "m", resume=True)
+    assert history.seconds[1] >= 0.04
+    assert checkpoint.read(tmp_path / "m", "numpy").run.clock["elapsed"] >= 0.12
+
+
+def test_without_memory_nothing_is_half_taken_over(tmp_path, monkeypatch):
+    with fake_cupy.installed() as cp:
+        cut(tmp_path / "m", 5, backend="cupy", layers=(4, 600, 3))
+        net = bp.Network([4, 600, 3], seed=3, backend="cupy")
+        before, pool, plain = to_host(net.theta).copy(), cp.get_default_memory_pool(), loop.Loop.go_on_from
+
+        def without_memory(self, found):
+            pool.set_limit(size=pool.used_bytes() + 20_000)
+            try:
+                plain(self, found)
+            finally:
+                pool.set_limit(size=0)
+
+        monkeypatch.setattr(loop.Loop, "go_on_from", without_memory)
+        with pytest.raises(bp.BackendError, match="out of GPU memory"):
+            bp.train(net, X, T, None, "adam", epochs=EPOCHS, batch_size=14, save=tmp_path / "m", resume=True)
+        np.testing.assert_array_equal(to_host(net.theta), before)
+
+
+def test_a_finished_run_tells_cost_and_task(tmp_path):
+    train(tmp_path / "m", cost="squared_error")
+    net = bp.Network([4, 6, 3], seed=3, backend="numpy")
+    bp.train(net, X, T, "squared_error", "adam", None, EPOCHS, 14, save=tmp_path / "m", resume=True)
+    assert (net.cost, net.task) == ("squared_error", "labels")
+
+
+def test_a_signal_at_the_end_of_an_epoch_stops_there(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "m", callbacks=[lambda run: os.kill(os.getpid(), signal.SIGINT)])
+    run = checkpoint.read(tmp_path / "m", "numpy").run
+    assert (run.step, run.epoch, run.position) == (4, 1, 0)
+
+
+def test_a_signal_and_a_full_disk(tmp_path, full):
+    with pytest.raises(bp.CheckpointError, match="No space left"):
+        train(tmp_path / "m", callbacks=[lambda run: os.kill(os.getpid(), signal.SIGINT)])
+
+
+def test_the_best_epoch_is_the_first_of_equals(tmp_path):
+    settings = {"validation": (X, T), "patience": 9, "schedule": lambda step, total: 1e-30, "epochs": 3}
+    with pytest.warns(UserWarning, match="no progress"):
+        _, history = train(tmp_path / "whole", **settings)
+    assert history.best_epoch == 1
+    cut(tmp_path / "m", 6, **settings)
+    with pytest.warns(UserWarning, match="no progress"):
+        assert train(tmp_path / "m", resume=True, **settings)[1].best_epoch == 1
+
+
+def test_odd_things_under_the_names_of_temporary_files_stay(tmp_path):
+    (tmp_path / "thesis").write_bytes(b"all is well")
+    (tmp_path / f"{files.PREFIX}link{files.SUFFIX}").symlink_to(tmp_path / "thesis")
+    os.mkfifo(tmp_path / f"{files.PREFIX}pipe{files.SUFFIX}")
+    before = sorted(os.listdir(tmp_path))
+    bp.save(bp.Network([2, 2], backend="numpy"), tmp_path / "m")
+    assert sorted(os.listdir(tmp_path)) == sorted([*before, "m"])
+    assert (tmp_path / "thesis").read_bytes() == b"all is well"
+
+
+def test_a_lock_that_is_held_counts_more_than_age(tmp_path):
+    file, alive = files._locked(tmp_path)
+    with file:
+        os.utime(alive, (0, 0))
+        bp.save(bp.Network([2, 2], backend="numpy"), tmp_path / "m")
+        assert alive.exists()
+
+
+@pytest.mark.parametrize("kind", ["patience", "retreats"])
+def test_cut_at_any_line_the_file_is_whole(tmp_path, kind):
+    """As by a second signal, which waits for nothing: what is there can be read, and goes on to the same bits."""
+    settings = {
+        "patience": {"validation": 0.3, "patience": 5, "optimizer": bp.Adam(0.5), "epochs": 2, "batch_size": 18},
+        "retreats": {
+            "retreats": 60, "optimizer": bp.SGD(1e12, momentum=0.5), "epochs": 2, "network": {"output": "identity"},
+            "cost": "squared_error", "layers": (4, 3), "batch_size": 25, "checkpoint_every": "2 steps",
+        },
+    }[kind]  # fmt: skip
+    watched = {loop.__file__, files.__file__.replace("files", "stopping")}
+
+    def traced(line):
+        """Train, cut at that line of the loop's; whether there was such a line."""
+        count, on = 0, False
+
+        def each(frame, event, arg):
+            nonlocal count
+            count += event == "line"
+            if count == line and event == "line":
+                raise Cut
+            return each
+
+        def look(frame, event, arg):
+            nonlocal on
+            on = on or (frame.f_code.co_name == "go" and frame.f_code.co_filename == loop.__file__)
+            return each if on and frame.f_code.co_filename in watched else None
+
+        before = sys.gettrace()
+        sys.settrace(look)
+        try:
+            train(tmp_path / "m", **settings)
+        except Cut:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(tmp_path / "whole", **settings)
+        wanted, line = contents(tmp_path / "whole"), 1
+        while traced(line):
+            train(tmp_path / "m", resume=True, **settings)
+            assert contents(tmp_path / "m") == wanted, line
+            (tmp_path / "m").unlink()
+            line += 1 if SLOW else (7 if kind == "patience" else 97)
+        assert line > 200

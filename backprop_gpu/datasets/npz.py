@@ -86,9 +86,7 @@ def _read(file: IO[bytes], size: int, what: str, max_bytes: int) -> np.ndarray:
             shape, fortran, dtype = parse(header)
         if len(shape) > 32 or any(type(n) is not int or n < 0 for n in shape):
             raise ValueError(f"shape {shape}")
-    except (
-        Exception
-    ) as e:  # the parser expects no malice: IndexError, MemoryError and TokenError are among what it raises
+    except Exception as e:  # the parser expects no malice, and raises IndexError, MemoryError, TokenError too
         raise DataError(f"{what} is not a sound .npy array: {(str(e).splitlines() or ['?'])[0]}", cure) from None
     if dtype.hasobject or dtype.kind not in "biuf":
         raise DataError(f"{what} holds {dtype}, not plain numbers: pickled objects are never read", cure)
