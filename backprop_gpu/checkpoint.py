@@ -73,8 +73,8 @@ class RunState:
     mean cost of its first step. `measured` (position, 2): what the steps of the epoch under way were judged by.
     `columns`: of the history, `COLUMNS`, an entry an epoch.
 
-    `stop`: whether a callback has set it in the epoch under way; `put_off`: how many of its steps no graph could
-    take. `began`: the SHA-256 of the parameters that it began with. `where`: backend, device, rung and versions, on which the
+    `stop`: whether a callback has set it in the epoch under way; `put_off`: how many of its steps no graph could take.
+    `began`: the SHA-256 of the parameters that it began with. `where`: backend, device, rung and versions, on which the
     last bits depend. `clock`: `seconds` of each epoch, `under_way` of the one after these, `elapsed` in all.
     """
 
