@@ -480,8 +480,10 @@ def start(*args, **kwargs):
 )
 def test_signals_save_the_last_whole_step(tmp_path, number, code, word):
     # Wide enough that it would take minutes; the signal comes once training is well under way.
-    with start("train", "--layers", "784,64,10", "--epochs", 1000, "--save", tmp_path / "m") as process:
-        time.sleep(4)
+    kept = "--save", tmp_path / "m", "--checkpoint-every", "100 steps"
+    with start("train", "--layers", "784,64,10", "--epochs", 1000, *kept) as process:
+        while not (tmp_path / "m").exists() and process.poll() is None:
+            time.sleep(0.05)
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
