@@ -189,6 +189,22 @@ def test_other_files_are_refused(tmp_path, content):
         bp.load(tmp_path / "m", "numpy")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("m", b"\x80\x04\x95" + bytes(99), "a pickle"), ("m.pt", b"PK\x03\x04" + bytes(99), "a zip archive"),
+        ("m.h5", b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file"), ("m.npy", b"\x93NUMPY" + b"x", "a NumPy array"),
+        ("m.joblib", b"x" * 99, "a .joblib file by its name"), ("M.PTH", b"", "a .PTH file by its name"),
+    ],
+)  # fmt: skip
+def test_pickles_and_their_like_are_refused_by_name(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(bp.CheckpointError) as e:
+        bp.load(tmp_path / name, "numpy")
+    assert f"is {words}" in e.value.cause
+    assert "backprop_gpu never unpickles" in e.value.cause
+
+
 def test_every_flipped_bit_is_found(tmp_path):
     bp.save(trained(), tmp_path / "m")
     content = (tmp_path / "m").read_bytes()

@@ -186,3 +186,14 @@ def test_a_plain_checkout_trains(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_tests_that_hold_what_the_readme_promises_are_there():
+    table = (TOP / "README.md").read_text(encoding="utf-8").split("### What can go wrong")[1].split("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) > 35
+    for row in rows:
+        named = re.findall(r"`(test_\w+)::(test_\w+)`", row.split("|")[3])
+        assert named, row
+        for file, name in named:
+            assert f"\ndef {name}(" in (TOP / "tests" / f"{file}.py").read_text(encoding="utf-8"), (file, name)
