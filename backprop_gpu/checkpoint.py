@@ -260,7 +260,7 @@ def _load(path: Path, file: BinaryIO, backend: str, own: Own) -> Checkpoint:
             or set(digests) != set(shapes)
         ):
             raise ValueError("it has more or fewer entries than it should")
-        _refuse_lying_size(config["layers"], size)
+        _refuse_lying_size(config["layers"], size, len(shapes))
         _refuse_unknown(path, config, own)
         net = _from_config(config, backend, own)
         run = _run_of(net, *(_object(metadata[key]) for key in sorted(_OF_A_RUN))) if in_training else None
@@ -481,8 +481,10 @@ def _in_order(header: bytes) -> bytes:
     return ordered + b" " * (-len(ordered) % 8)
 
 
-def _refuse_lying_size(layers: Any, size: int) -> None:
-    """No file announces more parameters than it has bytes."""
+def _refuse_lying_size(layers: Any, size: int, tensors: int) -> None:
+    """No file announces more parameters than it has bytes, or more layers than it has tensors."""
+    if len(layers) - 1 > tensors:
+        raise ValueError(f"{len(layers) - 1} layers in {tensors} tensors")
     if sum(o * i for o, i in zip(layers[1:], layers, strict=False)) > size:
         raise ValueError(f"layers {layers} do not fit into {size} bytes")
 

@@ -123,6 +123,7 @@ NAN = np.full((5, 4), np.nan, np.float32)
         ({"format_version": "4"}, "has format version '4'"),
         ({"config": {"layers": [4, 6, 3]}}, "does not hold the tensors"),
         ({"config": {"layers": [10**6, 10**6]}}, "do not fit into"),
+        ({"config": {"layers": [1] * 9}}, "8 layers in 4 tensors"),
         ({"config": {"layers": "many"}}, "is not a model"),
         ({"config": {"layers": [4]}}, "is not a model"),
         ({"config": {"hidden": "evil"}}, "uses 'evil', an activation or a cost of somebody's own"),
