@@ -660,6 +660,10 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except OSError as e:  # of stdout: what goes wrong with files is a BackpropGPUError
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 1 if isinstance(e, BrokenPipeError) else _fail(f"stdout: {e.strerror or e}", "free some space", 1)
+    try:
+        sys.stderr.flush()
+    except OSError:  # nobody hears it; else Python tries once more at its end, and exits with 120
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     sys.exit(code)
 
 

@@ -129,8 +129,8 @@ def _trained(case: StepCase, kind: type[Eager], net: bp.Network, poison: bool) -
         while done < steps:
             done += executor.run(done, steps - done, False)
         executor.finish()
-        if isinstance(executor, Graph) and executor._put_off:
-            raise RuntimeError(f"{executor._put_off} steps were not taken by the plan's kernels")
+        if isinstance(executor, Graph) and executor.put_off:
+            raise RuntimeError(f"{executor.put_off} steps were not taken by the plan's kernels")
         measured = to_host(executor.measured)[:steps].copy()
         return {"theta": _parameters(net) - before, "costs": measured[:, 0], "right": measured[:, 1]}
 

@@ -344,6 +344,9 @@ def test_a_report_of_a_gpu(data, monkeypatch):
             def free_bytes(self):
                 return 0
 
+            def get_limit(self):
+                return 0
+
             def used_bytes(self):
                 Pool.used += 1 << 16
                 return Pool.used
