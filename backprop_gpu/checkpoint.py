@@ -498,6 +498,21 @@ def _tensors(net: Network) -> dict[str, Any]:
     return named
 
 
+def unfinished(path: str | os.PathLike[str]) -> int | None:
+    """The step after which a run stands that is in this file, and not over; None where none is to be seen.
+
+    Reads the header alone and believes it: good for a warning.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = _read_header(file, os.fstat(file.fileno()).st_size)
+        progress = _object(_object((head or b"")[8:])["__metadata__"]["progress"])
+        step, stopped = progress["step"], progress["stopped"]
+    except (OSError, KeyError, ValueError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int and stopped is None else None
+
+
 def check_target(path: str | os.PathLike[str]) -> Path:
     """Where a file named `path` would really be written; CheckpointError where it could or should not be."""
     target = files.resolve(path)

@@ -128,6 +128,16 @@ class Checkpoints:
         self.saved = run.stands
         return found
 
+    def begin_anew(self) -> None:
+        """Warn where the file holds a run that is not over, and that this one will replace."""
+        step = checkpoint.unfinished(self.path)
+        if step is not None:
+            warnings.warn(
+                f"{self.name} holds a run that is not over, after step {step}: what this one saves will replace it "
+                "(resume goes on with it)",
+                stacklevel=3,
+            )
+
     def whereabouts(self, be: Backend, executor: str) -> dict[str, Any]:
         """On what the last bits of a run depend beside its settings."""
         rung = executor.partition(":")[0]  # without the reason

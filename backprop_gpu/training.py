@@ -110,6 +110,7 @@ def train(
     was never stopped, on the same machine and rung (see `history.executor`); what net.theta holds does not matter then.
     All settings must be the same but `epochs`, which may be more (the schedule is stretched over all of them), and
     those of checkpoints; a run that is over returns its history at once. Callbacks keep their own state.
+    Without `resume` a run begins anew, with a warning where the file holds one that is not over.
     `on_checkpoint_error`: "raise", or "warn" and go on where a checkpoint under way cannot be written.
 
     `retreats`: so many times at most, a run that diverges goes on after the epoch with the lowest training cost so far
@@ -163,7 +164,10 @@ def train(
             "gradient_norms": bool(gradient_norms), "gradient_error": bool(gradient_error), "retreats": retreats,
             "data": digests(samples), "validation": held_out and digests(held_out),
         }  # fmt: skip
-        found = checkpoints.read(net, chosen, settings, epochs) if resume else None
+        if resume:
+            found = checkpoints.read(net, chosen, settings, epochs)
+        else:
+            checkpoints.begin_anew()
 
     be, history = net.backend, History()
     run = Run(net, epochs, steps_per_epoch(n, batch_size), history)

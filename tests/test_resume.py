@@ -161,6 +161,15 @@ def test_a_run_that_is_over_is_not_taken_up_again(tmp_path):
     assert (tmp_path / "m").read_bytes() == before
 
 
+def test_a_run_that_is_not_over_is_not_replaced_without_a_word(tmp_path):
+    cut(tmp_path / "m", 6)
+    with pytest.warns(UserWarning, match=r"m holds a run that is not over, after step 6: .*will replace it \(resume"):
+        train(tmp_path / "m")
+    train(tmp_path / "m")  # over: nothing to be told
+    bp.save(bp.Network([4, 6, 3]), tmp_path / "m")
+    train(tmp_path / "m")  # no run at all
+
+
 def test_what_ended_a_run_ends_it_for_good(tmp_path):
     settings = {"validation": 0.3, "patience": 1, "optimizer": bp.Adam(0.5)}
     _, history = train(tmp_path / "m", **{**settings, "epochs": 20})
@@ -402,8 +411,8 @@ def test_a_checkpoint_that_fails_may_be_a_warning_but_the_last_one_is_not(tmp_pa
     full.now = True
     kept["callbacks"] = [lambda run: setattr(full, "now", run.epoch < 3)]
     with pytest.warns(UserWarning, match="no checkpoint of step 8: .*No space left on device; the run goes on"):
-        train(tmp_path / "m", **kept)
-    assert report.model(tmp_path / "m")["run"]["step"] == 12
+        train(tmp_path / "n", **kept)
+    assert report.model(tmp_path / "n")["run"]["step"] == 12
 
 
 def test_what_to_do_then_is_one_of_two(tmp_path):
@@ -781,6 +790,14 @@ def test_a_forged_run_is_refused(tmp_path, part, change):
     assert len(str(e.value).splitlines()) == 2
 
 
+@pytest.mark.parametrize("progress", [[], 7, {"step": "6"}, {"step": True}, {"stopped": "time"}])
+def test_before_a_file_is_replaced_it_is_believed_in_nothing(tmp_path, progress):
+    cut(tmp_path / "m", 6)
+    forge(tmp_path / "m", "progress", progress)
+    assert checkpoint.unfinished(tmp_path / "m") is None
+    train(tmp_path / "m")
+
+
 def test_settings_that_nobody_has_are_other_settings(tmp_path):
     """Their names go into no line as they are; a null is a difference of none."""
     cut(tmp_path / "m", 5)
@@ -789,11 +806,11 @@ def test_settings_that_nobody_has_are_other_settings(tmp_path):
         train(tmp_path / "m", resume=True)
     assert len(str(e.value).splitlines()) == 2
     assert len(e.value.cause) < 600
-    cut(tmp_path / "m", 5)
-    optimizer = checkpoint.read(tmp_path / "m", "numpy").run.settings["optimizer"]
-    forge(tmp_path / "m", "run", {"optimizer": {**optimizer, "more": None}})
+    cut(tmp_path / "n", 5)
+    optimizer = checkpoint.read(tmp_path / "n", "numpy").run.settings["optimizer"]
+    forge(tmp_path / "n", "run", {"optimizer": {**optimizer, "more": None}})
     with pytest.raises(bp.ConfigError, match=r"l2 is 0\.5"):
-        train(tmp_path / "m", resume=True, l2=0.5)
+        train(tmp_path / "n", resume=True, l2=0.5)
 
 
 def test_what_a_file_says_does_not_drive_the_terminal(tmp_path):
