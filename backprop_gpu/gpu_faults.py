@@ -13,7 +13,9 @@ from typing import Any
 from .errors import BackendError
 
 OUT_OF_MEMORY = 2  # of cudaError_t, and of the driver's CUresult
-STICKY = {214, 220, 700, 702, 710, 714, 715, 716, 717, 718, 719}  # likewise: those after which CUDA is lost
+# Likewise, those after which CUDA is lost: of hardware, and those of which CUDA 13.0's driver_types.h says that "the
+# process must be terminated and relaunched".
+STICKY = {214, 220, 226, 700, 702, 710, 714, 715, 716, 717, 718, 719, 721, 810, 911}
 _RESTART = "start the process again, and resume from the last checkpoint; if it happens again, look with nvidia-smi -q"
 _DOCTOR = "look with backprop-gpu doctor, and nvidia-smi, whether the GPU is in order"
 _lost = ""  # the error that lost it

@@ -139,6 +139,80 @@ def test_a_context_that_is_lost(monkeypatch, tmp_path, rung, status, late):
     assert checkpoint.read(path, "numpy").run.step == 3
 
 
+class OfCuPy(RuntimeError):
+    __module__ = "cupy_backends.cuda.api.runtime"
+
+    def __init__(self, status=None):
+        super().__init__("oh\nno")
+        if status is not None:
+            self.status = status
+
+
+class Device:
+    """CuPy, as far as it is asked what is wrong."""
+
+    def __init__(self, error=None):
+        self.error, self.asked, self.cuda = error, 0, self
+
+    def Device(self):
+        return self
+
+    def synchronize(self):
+        self.asked += 1
+        if self.error:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    "name",
+    "ECC_UNCORRECTABLE=214 NVLINK_UNCORRECTABLE=220 CONTAINED=226 ILLEGAL_ADDRESS=700 LAUNCH_TIMEOUT=702 ASSERT=710 "
+    "HARDWARE_STACK_ERROR=714 ILLEGAL_INSTRUCTION=715 MISALIGNED_ADDRESS=716 INVALID_ADDRESS_SPACE=717 INVALID_PC=718 "
+    "LAUNCH_FAILED=719 TENSOR_MEMORY_LEAK=721 MPS_CLIENT_TERMINATED=810 EXTERNAL_DEVICE=911".split(),
+)
+def test_errors_after_which_no_call_works(name):
+    """By the documentation of cudaError_t, and of CUresult; the device, which is lost, is not asked."""
+    cp = Device()
+    assert gpu_faults.loses(OfCuPy(int(name.partition("=")[2])), cp)
+    assert cp.asked == 0
+    with pytest.raises(bp.BackendError) as e:
+        gpu_faults.refuse_if_lost()
+    assert e.value.cause == "the context of the GPU is lost: oh"
+
+
+@pytest.mark.parametrize("e", [OfCuPy(), OfCuPy(13), OfCuPy(999)])
+def test_where_an_error_does_not_say_why_the_device_is_asked(e):
+    cp = Device()
+    assert not gpu_faults.loses(e, cp)
+    cp.error = OfCuPy(701)
+    assert not gpu_faults.loses(e, cp)
+    cp.error = OfCuPy(700)
+    assert gpu_faults.loses(e, cp)
+    assert cp.asked == 3
+    assert gpu_faults.loses(e, cp)
+    assert cp.asked == 3  # it is known now
+
+
+def test_errors_of_memory_and_of_others_lose_nothing():
+    cp = Device(OfCuPy(700))
+    assert not any(gpu_faults.loses(e, cp) for e in (OfCuPy(2), MemoryError(), RuntimeError(), ValueError()))
+    assert cp.asked == 0
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "cause", "cure"),
+    [
+        (None, "out of GPU memory: oh", "take smaller batches, or"),
+        (1, "out of GPU memory with batches of 1 samples: oh", "take smaller batches, or"),
+        (2, "out of GPU memory with batches of 2 samples: oh", "take a smaller batch_size, 1 say, or"),
+    ],
+)
+def test_what_is_told_where_memory_runs_out(batch_size, cause, cure):
+    with pytest.raises(bp.BackendError) as e, gpu_faults.told(Device(), batch_size):
+        raise OfCuPy(2)
+    assert e.value.cause == cause
+    assert e.value.cure.startswith(cure)
+
+
 def test_how_many_calls_follow_a_loss(monkeypatch):
     """One may ask what it was; none is to wait for the device, or to let go of things on it."""
     with fake_cupy.installed():
