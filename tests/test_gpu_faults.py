@@ -139,7 +139,7 @@ def test_a_context_that_is_lost(monkeypatch, tmp_path, rung, status, late):
     assert checkpoint.read(path, "numpy").run.step == 3
 
 
-class OfCuPy(RuntimeError):
+class CuPyError(RuntimeError):
     __module__ = "cupy_backends.cuda.api.runtime"
 
     def __init__(self, status=None):
@@ -172,20 +172,20 @@ class Device:
 def test_errors_after_which_no_call_works(name):
     """By the documentation of cudaError_t, and of CUresult; the device, which is lost, is not asked."""
     cp = Device()
-    assert gpu_faults.loses(OfCuPy(int(name.partition("=")[2])), cp)
+    assert gpu_faults.loses(CuPyError(int(name.partition("=")[2])), cp)
     assert cp.asked == 0
     with pytest.raises(bp.BackendError) as e:
         gpu_faults.refuse_if_lost()
     assert e.value.cause == "the context of the GPU is lost: oh"
 
 
-@pytest.mark.parametrize("e", [OfCuPy(), OfCuPy(13), OfCuPy(999)])
+@pytest.mark.parametrize("e", [CuPyError(), CuPyError(13), CuPyError(999)])
 def test_where_an_error_does_not_say_why_the_device_is_asked(e):
     cp = Device()
     assert not gpu_faults.loses(e, cp)
-    cp.error = OfCuPy(701)
+    cp.error = CuPyError(701)
     assert not gpu_faults.loses(e, cp)
-    cp.error = OfCuPy(700)
+    cp.error = CuPyError(700)
     assert gpu_faults.loses(e, cp)
     assert cp.asked == 3
     assert gpu_faults.loses(e, cp)
@@ -193,8 +193,8 @@ def test_where_an_error_does_not_say_why_the_device_is_asked(e):
 
 
 def test_errors_of_memory_and_of_others_lose_nothing():
-    cp = Device(OfCuPy(700))
-    assert not any(gpu_faults.loses(e, cp) for e in (OfCuPy(2), MemoryError(), RuntimeError(), ValueError()))
+    cp = Device(CuPyError(700))
+    assert not any(gpu_faults.loses(e, cp) for e in (CuPyError(2), MemoryError(), RuntimeError(), ValueError()))
     assert cp.asked == 0
 
 
@@ -208,7 +208,7 @@ def test_errors_of_memory_and_of_others_lose_nothing():
 )
 def test_what_is_told_where_memory_runs_out(batch_size, cause, cure):
     with pytest.raises(bp.BackendError) as e, gpu_faults.told(Device(), batch_size):
-        raise OfCuPy(2)
+        raise CuPyError(2)
     assert e.value.cause == cause
     assert e.value.cure.startswith(cure)
 

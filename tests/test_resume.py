@@ -1,5 +1,6 @@
 """Runs that are kept in a file: cut anywhere, they go on to the last bit; nothing is lost, and nothing is mixed up."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,7 +21,7 @@ import backprop_gpu as bp
 from backprop_gpu import backend as backends
 from backprop_gpu import checkpoint, files, loop, report
 from backprop_gpu.backend import to_host
-from backprop_gpu.resume import Interval
+from backprop_gpu.resume import Checkpoints, Interval, digest
 
 SLOW = os.environ.get("BACKPROP_GPU_SLOW") == "1"
 
@@ -308,6 +309,45 @@ def test_elsewhere_is_told(tmp_path):
     cut(tmp_path / "m", 5)
     with fake_cupy.installed(), pytest.warns(UserWarning, match=r"elsewhere than it began \(backend cupy, not numpy"):
         train(tmp_path / "m", backend="cupy", resume=True)
+
+
+@pytest.mark.parametrize(("first", "then"), [("eager", "replay"), ("replay", "eager"), ("replay", "compiled")])
+def test_of_two_rungs_with_the_same_bits_nothing_is_told(tmp_path, monkeypatch, first, then):
+    path, other = tmp_path / "m", then == "compiled"
+    monkeypatch.setenv("BACKPROP_GPU_FAST", "1" if other else "0")
+    monkeypatch.setenv("BACKPROP_GPU_EXECUTOR", first)
+    train(tmp_path / "whole")
+    cut(path, 5)
+    monkeypatch.setenv("BACKPROP_GPU_EXECUTOR", then)
+    told = pytest.warns(UserWarning, match=r"elsewhere than it began \(rung compiled, numba, not eager, numba\)")
+    with told if other else contextlib.nullcontext():
+        _, history = train(path, resume=True)
+    assert history.executor.startswith(then)
+    if not other:
+        assert contents(path)[1] == contents(tmp_path / "whole")[1]
+
+
+@pytest.mark.parametrize(
+    ("backend", "executor", "rung"),
+    [
+        ("numpy", "eager", "eager"), ("numpy", "replay: numba is not installed", "eager"),
+        ("numpy", "compiled, numba", "compiled, numba"), ("cupy", "eager: no memory", "eager"),
+        ("cupy", "graph, TF32, data streamed", "graph, TF32"), ("cupy", "replay", "replay"),
+    ],
+)  # fmt: skip
+def test_on_what_the_last_bits_depend(tmp_path, backend, executor, rung):
+    with fake_cupy.installed() as cp:
+        be = backends.choose(backend)
+        found = Checkpoints(tmp_path / "m", None, "raise").whereabouts(be, executor)
+        assert (found["rung"], found["executor"], found["numpy"]) == (rung, executor, np.__version__)
+        assert found.get("cupy") == (None if backend == "numpy" else cp.__version__)
+
+
+def test_a_digest_is_of_dtype_shape_and_elements():
+    a = np.zeros((2, 3), np.float32)
+    others = [a.astype(np.int32), a.reshape(3, 2), a.ravel(), a.astype(">f4"), a.astype(np.float64), -a, a[:1]]
+    assert len({digest(b) for b in (a, *others)}) == 1 + len(others)
+    assert digest(np.zeros((3, 2), np.float32).T) == digest(a)
 
 
 # ------------------------------------------------------------------------------------------- when it is written
