@@ -12,6 +12,7 @@ import backprop_gpu as bp
 from backprop_gpu.backend import to_host
 from backprop_gpu.batches import epoch_plan, split_off
 from backprop_gpu.network import Batch
+from backprop_gpu.schedules import ReduceOnPlateau
 
 
 @pytest.fixture
@@ -337,3 +338,17 @@ def test_the_whole_gradient_takes_no_more_memory_than_a_chunk(line, monkeypatch)
     monkeypatch.setattr(loop, "Batch", recorded)
     bp.train(linear(), *line, epochs=2, gradient_norms=True)
     assert made == [7, 7]
+
+
+@pytest.mark.parametrize("validation", [None, 0.2])
+def test_a_schedule_that_heeds_costs_sees_those_of_validation_where_there_are_some(line, validation):
+    seen = []
+
+    class Watching(ReduceOnPlateau):
+        def during(self, costs):
+            seen.append(list(costs))
+            return super().during(costs)
+
+    history = bp.train(linear(), *line, epochs=3, schedule=Watching(), validation=validation)
+    costs = history.train_cost if validation is None else history.validation_cost
+    assert seen == [costs[:0], costs[:1], costs[:2]]
