@@ -113,6 +113,15 @@ def array_module(a: object) -> Any:
     return importlib.import_module("cupy") if is_cupy(a) else np
 
 
+def guarded(*arrays: object) -> contextlib.AbstractContextManager[None]:
+    """In which such arrays are looked at: with CuPy's among them errors of CUDA leave it as BackendErrors."""
+    for a in arrays:
+        if is_cupy(a):
+            _refuse_where_cuda_is_gone()
+            return gpu_faults.told(array_module(a))
+    return contextlib.nullcontext()
+
+
 def as_kind_of(X: object, a: Array) -> Array:
     """`a` as the kind of array that X is, NumPy or CuPy; no copy where it is that already."""
     if is_cupy(X):

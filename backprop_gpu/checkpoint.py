@@ -1,9 +1,10 @@
 """Checkpoints: one safetensors file with a network and, where it is in training, all that the run needs to go on.
 
 Tensors `layer.1.weight` (N_1, N_0), `layer.1.bias` (N_1,), ... in the network's dtype, readable by any safetensors
-tool; metadata `format`, `format_version`, `config` and the `sha256` of each tensor (JSON). Of a run besides, see
-`RunState`: vectors in the layout of `net.theta`, among them the optimizer's slots; the history; metadata `run`,
-`progress`, `where` and `clock` (JSON). What the clock says is in the metadata alone: equal runs have equal tensors.
+tool; metadata `format`, `format_version`, `config`, the `sha256` of each tensor (JSON), and that of these metadata. Of
+a run besides, see `RunState`: vectors in the layout of `net.theta`, among them the optimizer's slots; the history;
+metadata `run`, `progress`, `where` and `clock` (JSON). What the clock says is in the metadata alone: equal runs have
+equal tensors.
 
 A file is trusted in nothing before it is checked: header, settings, names, dtypes and shapes, then size, digests and
 numbers. It is never unpickled.
@@ -37,7 +38,9 @@ MAX_HEADER = 1 << 20
 MOST_WORDS = 200  # of what a file says, in an error
 SETTINGS = ("layers", "hidden", "output", "init", "bias", "precision", "seed", "dropout")  # of a network
 _ADDED_IN_2 = {"dropout": 0.0}
+MOST_DEEP = 32  # objects and lists within each other
 _METADATA = {"format", "format_version", "config", "sha256"}
+_OF_METADATA = "sha256_of_metadata"
 _OF_A_RUN = {"run", "progress", "where", "clock"}
 _DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64", "uint64": "U64"}
 _FOREIGN = {  # what a file begins with
@@ -52,8 +55,8 @@ COLUMNS = ("train_cost", "train_accuracy", "validation_cost", "validation_accura
 ENDS = ("epochs", "gradient", "still", "patience", "time", "callback")  # why a run is over
 _LISTS = {"slots", "vectors", "columns"}  # of which the metadata tell names and number
 _PROGRESS = {
-    "epochs", "epoch", "position", "step", "lr", "samples", "stopped", "best_epoch", "gradient_error", "retreats",
-    "good_epoch", "first_cost", "began", "stop", "put_off", *_LISTS,
+    "epochs", "epoch", "position", "step", "lr", "lr_epochs", "samples", "stopped", "best_epoch", "gradient_error",
+    "retreats", "good_epoch", "first_cost", "began", "stop", "put_off", *_LISTS,
 }  # fmt: skip
 
 
@@ -63,7 +66,8 @@ class RunState:
 
     `settings`: what must not be another when it goes on, by name, in JSON's words; among them `samples`, `batch_size`,
     `frozen` and `seed`. `epochs`: how many it shall be. `epoch`: how many are closed, and in the history; `position`:
-    steps done of the one after these; `step`: of the whole run; `lr`: of the last one. `samples`, `stopped`,
+    steps done of the one after these; `step`: of the whole run; `lr`: of the last one, made by a schedule over
+    `lr_epochs` epochs. `samples`, `stopped`,
     `best_epoch`, `gradient_error`, `retreats`: of the `History`.
 
     `slots`: the optimizer's, each as long as what is trained, the end of theta. `vectors`, each as long as theta:
@@ -84,6 +88,7 @@ class RunState:
     position: int = 0
     step: int = 0
     lr: float = 0.0
+    lr_epochs: int = 0
     samples: int = 0
     stopped: str | None = None
     best_epoch: int | None = None
@@ -172,15 +177,13 @@ def write(net: Network, path: str | os.PathLike[str], run: RunState | None = Non
         "sha256": json.dumps({name: _sha256(p) for name, p in tensors.items()}),
     }
     if run:
-        parts = {"run": run.settings, "progress": run.progress(), "where": run.where, "clock": run.clock}
-        metadata |= {key: json.dumps(part, sort_keys=True, allow_nan=False) for key, part in parts.items()}
+        metadata |= _told(net, path, run, tensors)
+    metadata[_OF_METADATA] = _sha256_of_metadata(metadata)
     try:
         content = save(tensors, metadata)
     except (MemoryError, SafetensorError) as e:
-        cause = _first_line(e) if str(e) else "out of memory"
-        raise CheckpointError(
-            f"{path} is not written: {cause}", "free some memory; an older file is untouched"
-        ) from None
+        cause, memory = _first_line(e) if str(e) else "out of memory", "free some memory; " * isinstance(e, MemoryError)
+        raise CheckpointError(f"{path} is not written: {cause}", f"{memory}an older file is untouched") from None
     length = int.from_bytes(content[:8], "little")
     header = _in_order(content[8 : 8 + length])
     if len(header) > MAX_HEADER:
@@ -189,6 +192,23 @@ def write(net: Network, path: str | os.PathLike[str], run: RunState | None = Non
             "save fewer layers, or a shorter history",
         )
     files.replace(target, [len(header).to_bytes(8, "little"), header, memoryview(content)[8 + length :]])
+
+
+def _told(net: Network, path: str | os.PathLike[str], run: RunState, tensors: dict[str, Any]) -> dict[str, str]:
+    """The metadata of a run; CheckpointError where nobody could read them, or the tensors, again."""
+    parts = {"run": run.settings, "progress": run.progress(), "where": run.where, "clock": run.clock}
+    try:
+        metadata = {key: json.dumps(part, sort_keys=True, allow_nan=False) for key, part in parts.items()}
+        wanted = _tensors_of(net, _run_of(net, *(_object(metadata[key]) for key in sorted(_OF_A_RUN))))
+        for name, (dtype, shape) in wanted.items():
+            if (_DTYPES.get(tensors[name].dtype.name), tensors[name].shape) != (dtype, shape):
+                raise ValueError(f"{name} is not of {dtype} {shape}")
+    except _NO_MODEL as e:
+        raise CheckpointError(
+            f"{path} is not written, for it could not be read again: {_first_line(e)}",
+            "leave what callbacks are shown as it is, but for run.stop; an older file is untouched",
+        ) from None
+    return metadata
 
 
 Own = Sequence[Activation | Cost]
@@ -213,7 +233,10 @@ def read(path: str | os.PathLike[str], backend: str = "auto", own: Own = ()) -> 
         raise ConfigError(f"own is {own!r}", "give a list of activations and costs")
     if len({f.name for f in own}) != len(own):
         raise ConfigError("own has two functions of one name", "load with those the network was made with")
-    path = Path(path)
+    try:
+        path = Path(path)
+    except TypeError:
+        raise CheckpointError(f"{path!r} is no path", "give the name of a file, a str or a Path") from None
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # before it is opened: opening a pipe would wait for ever
             raise _bad(path, "is not a regular file")
@@ -226,6 +249,10 @@ def read(path: str | os.PathLike[str], backend: str = "auto", own: Own = ()) -> 
     except (OSError, ValueError) as e:  # ValueError: a null byte in the name
         reason, errno = getattr(e, "strerror", None) or e, getattr(e, "errno", None)
         raise CheckpointError(f"{path} cannot be read: {reason}", "check the path and its permissions", errno) from None
+
+
+# What comes of metadata that are none of ours; a ConfigError is a ValueError, and an OverflowError an ArithmeticError.
+_NO_MODEL = (ValueError, TypeError, AttributeError, KeyError, RecursionError, OverflowError)
 
 
 def _load(path: Path, file: BinaryIO, backend: str, own: Own) -> Checkpoint:
@@ -248,6 +275,8 @@ def _load(path: Path, file: BinaryIO, backend: str, own: Own) -> Checkpoint:
                 f"{path} has format version {_short(version)}, this library reads up to {VERSION!r}",
                 "install a newer backprop_gpu",
             )
+        if version == VERSION and metadata.pop(_OF_METADATA) != _sha256_of_metadata(metadata):
+            raise _bad(path, "is damaged: its metadata are not what was saved")
         config = _object(metadata["config"])
         if version == "1":
             config = {**config, **_ADDED_IN_2}
@@ -268,7 +297,7 @@ def _load(path: Path, file: BinaryIO, backend: str, own: Own) -> Checkpoint:
         raise
     except KeyError as e:
         raise _bad(path, f"is not a model of {FORMAT}: it has no {_short(e.args[0])}") from None
-    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as e:  # ConfigError is a ValueError
+    except _NO_MODEL as e:
         raise _bad(path, f"is not a model of {FORMAT}: {_first_line(e)}") from None
     tensors = _tensors(net)
     wanted = {name: (_DTYPES[net.dtype.name], p.shape) for name, p in tensors.items()}
@@ -314,6 +343,7 @@ def _run_of(net: Network, clock: Any, progress: Any, settings: Any, where: Any) 
     _whole("position", run.position, 0, 0 if run.epoch == run.epochs or run.stopped else steps)
     at = run.epoch * steps + run.position
     _whole("step", run.step, 1 if run.stopped not in (None, "epochs") else at, at)
+    _whole("lr_epochs", run.lr_epochs, 1 if run.step else 0, run.epochs)
     _whole("samples", run.samples, 0, run.epochs * settings["samples"])
     _whole("slots", progress["slots"], 0, 99)
     if type(run.began) is not str or type(where.get("executor")) is not str:
@@ -332,7 +362,7 @@ def _run_of(net: Network, clock: Any, progress: Any, settings: Any, where: Any) 
     _whole("good_epoch", run.good_epoch, 0, run.epoch)
     numbers = [run.lr, clock["under_way"], clock["elapsed"], *clock["seconds"]]
     numbers += [] if run.gradient_error is None else [run.gradient_error]
-    if not all(type(x) in (int, float) and 0 <= x < math.inf for x in numbers):
+    if not all(type(x) in (int, float) and math.isfinite(x) and x >= 0 for x in numbers):
         raise ValueError("the run's lr or clock are no numbers from 0")
     if not (run.first_cost is None or (type(run.first_cost) in (int, float) and math.isfinite(run.first_cost))):
         raise ValueError("the run's first cost is no number")
@@ -458,7 +488,16 @@ def _object(text: str | bytes) -> dict[str, Any]:
     found = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     if type(found) is not dict:
         raise ValueError("a part of it is no object of JSON")
+    _refuse_deep(found, MOST_DEEP)
     return found
+
+
+def _refuse_deep(value: Any, most: int) -> None:
+    if not most:
+        raise ValueError(f"a part of it is nested more than {MOST_DEEP} times")
+    for part in value.values() if type(value) is dict else value:
+        if type(part) in (dict, list):
+            _refuse_deep(part, most - 1)
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -473,6 +512,11 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _sha256(p: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(p).data).hexdigest()
+
+
+def _sha256_of_metadata(metadata: dict[str, str]) -> str:
+    """Of all but itself."""
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
 def _in_order(header: bytes) -> bytes:
@@ -508,7 +552,7 @@ def unfinished(path: str | os.PathLike[str]) -> int | None:
             head = _read_header(file, os.fstat(file.fileno()).st_size)
         progress = _object(_object((head or b"")[8:])["__metadata__"]["progress"])
         step, stopped = progress["step"], progress["stopped"]
-    except (OSError, KeyError, ValueError, TypeError, RecursionError):
+    except (OSError, *_NO_MODEL):
         return None
     return step if type(step) is int and stopped is None else None
 

@@ -1,7 +1,7 @@
 """The command line: train, evaluate, predict, gradcheck, example, bench, doctor.
 
 Data goes to stdout, everything else to stderr; `--json` prints one JSON object as the last line of stdout. Exit codes:
-0 done, 1 bad data, file or run, 2 bad flag or configuration, 130 interrupted, 143 terminated.
+0 done, 1 bad data, file or run, 2 bad flag or configuration, 129 hung up, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from . import __version__, backend, checkpoint, datasets, files, report, specs, 
 from .activations import HIDDEN, OUTPUT
 from .batches import KINDS, check_seed
 from .costs import COSTS, MAKERS, REDUCTIONS
-from .errors import BackpropGPUError, ConfigError, DataError, lookup
+from .errors import BackendError, BackpropGPUError, ConfigError, DataError, lookup
 from .examples import EXAMPLES
 from .gradient_checks import DIRECTIONS, EPS, TOLERANCE, check_everything, gradient_check, sample_problem
 from .history import Run
 from .initializers import INITIALIZERS
+from .interrupts import STOPPING
 from .network import PRECISIONS, Network
 from .optimizers import OPTIMIZERS, Optimizer, choose_optimizer
 from .resume import ON_ERROR, digest
@@ -309,6 +310,8 @@ def train(
     train_set, test_set = datasets.load(setup.data)
     net = setup.network(train_set)
     if pretrained is not None:
+        if save is not None and os.path.realpath(save) == os.path.realpath(pretrained):
+            raise ConfigError("--save would replace the model of --pretrained", "save to another file")
         net.carry_over(checkpoint.load_network(pretrained, setup.where), 1 if carry_over is None else carry_over)
     elif carry_over is not None:
         raise ConfigError("--carry-over without --pretrained", "name the model to take layers from")
@@ -331,6 +334,8 @@ def train(
                 **settings,
             )
         except Stopped as e:
+            if isinstance(e.__context__, BackpropGPUError):  # which the run was ending with
+                report.tell(f"{PROGRAM}: {e.__context__.cause}")
             _tell_stopped(e.word, bar.run, save)
             sys.exit(e.code)
     over = history.resumed is not None and bar.run is None  # nothing was left to do
@@ -614,8 +619,15 @@ def doctor(model: Path | None, where: str, as_json: bool) -> None:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reason is in the report
-        found = report.doctor(backend.choose(where))
+        fault = None
+        try:
+            chosen = backend.choose(where)
+        except BackendError as e:
+            fault, chosen = e, dataclasses.replace(backend.choose("numpy"), reason=e.cause, cure=e.cure)
+        found = report.doctor(chosen)
     _print(found, report.doctor_text(found), as_json)
+    if fault:
+        raise fault
 
 
 def _row(cell: Any) -> list[Any]:
@@ -628,7 +640,7 @@ def _print(result: dict[str, Any], text: str, as_json: bool) -> None:
 
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM arrived: the word for it, and the exit code."""
+    """One of STOPPING arrived: the word for it, and the exit code."""
 
     def __init__(self, word: str, code: int) -> None:
         super().__init__(word, code)
@@ -637,9 +649,7 @@ class Stopped(BaseException):
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    if number == signal.SIGINT:
-        raise Stopped("interrupted", 130)
-    raise Stopped("terminated", 143)
+    raise Stopped({2: "interrupted", 15: "terminated"}.get(number, "hung up"), 128 + number)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -651,12 +661,14 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a narrow terminal shows what it can
     with contextlib.suppress(ValueError):  # not in the main thread
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPPING:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a script
                 signal.signal(number, _stop)
     try:
         code = _run(args)
         sys.stdout.flush()
+    except Stopped as e:  # a second one, while the first was told
+        code = e.code
     except OSError as e:  # of stdout: what goes wrong with files is a BackpropGPUError
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 1 if isinstance(e, BrokenPipeError) else _fail(f"stdout: {e.strerror or e}", "free some space", 1)
@@ -670,7 +682,12 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 def _run(args: Sequence[str] | None) -> int:
     """The exit code of a command; every error but those of stdout has been told."""
     try:
-        cli.main(args=args, prog_name=PROGRAM, standalone_mode=False)
+        try:
+            cli.main(args=args, prog_name=PROGRAM, standalone_mode=False)
+        except Exception as e:
+            for note in getattr(e, "__notes__", ()):
+                report.tell(f"{PROGRAM}: {note}")
+            raise
     except SystemExit as e:
         return int(e.code or 0)
     except click.exceptions.Exit as e:
@@ -682,8 +699,6 @@ def _run(args: Sequence[str] | None) -> int:
         command = e.ctx.command_path if e.ctx else PROGRAM
         return _fail(e.format_message(), f"see {command} --help", 2)
     except BackpropGPUError as e:
-        for note in getattr(e, "__notes__", ()):
-            report.tell(f"{PROGRAM}: {report.one_line(note)}")
         return _fail(e.cause, e.cure, 2 if isinstance(e, ConfigError) else 1)
     except MemoryError as e:
         return _fail(f"out of memory: {e}" if str(e) else "out of memory", "take smaller layers or batches", 1)
@@ -699,6 +714,6 @@ def _run(args: Sequence[str] | None) -> int:
 
 
 def _fail(cause: str, cure: str, code: int) -> int:
-    report.tell(f"{PROGRAM}: error: {report.one_line(cause)}")
-    report.tell(f"{PROGRAM}: try: {report.one_line(cure)}")
+    report.tell(f"{PROGRAM}: error: {cause}")
+    report.tell(f"{PROGRAM}: try: {cure}")
     return code

@@ -44,7 +44,7 @@ class Compiled(Replay):
         self._vectors = ops.rule_vectors(rule, self.theta, self.slots)
         self._greatest = 1.0 if samples.X.dtype == np.uint8 else greatest(samples.X)
 
-    def run(self, i: int, most: int, watched: bool) -> int:
+    def run(self, i: int, most: int) -> int:
         """As `Eager.run`, as many as MOST steps, and less where they are long."""
         m, count = self.ends[i + 1] - self.ends[i], 1
         most = min(most, MOST, max(1, WORK // (m * self.theta.size)))
@@ -52,7 +52,7 @@ class Compiled(Replay):
             count += 1
         if self.diverged[0] == 0 and (done := self._steps(i, count, m)):
             return done
-        return super().run(i, most, watched)
+        return super().run(i, most)
 
     def _steps(self, i: int, count: int, m: int) -> int:
         """Steps i, i + 1, ... of m samples; how many, up to one that is out of the ordinary."""

@@ -130,11 +130,8 @@ class Eager:
             self.order = be.asarray(order)
         self.ends, self.t = ends, t
 
-    def run(self, i: int, most: int, watched: bool) -> int:
-        """Steps i, i + 1, ... of the epoch (from 0), at most that many; how many it took, 0 where the run diverges.
-
-        `watched`: what theta is after them must be known before the next.
-        """
+    def run(self, i: int, most: int) -> int:
+        """Steps i, i + 1, ... of the epoch (from 0), at most that many; how many it took, 0 where the run diverges."""
         taken = int(self.step(i, self.ends[i], self.ends[i + 1], self.measured[i]))
         if self.feed and (most == 1 or self.feed.rest(i) == 1):
             self.feed.ahead()
@@ -144,7 +141,11 @@ class Eager:
         """While steps are under way: the order that the next `begin` will be given, if there is one."""
 
     def finish(self) -> None:
-        """At the end of an epoch, before `measured` is read."""
+        """Before `measured` is read, or theta."""
+
+    def go_back(self) -> None:
+        """Forget that the run diverged: theta and the slots were put back to the beginning of an epoch."""
+        self.diverged[...] = 0
 
     def gradient_error(self, order: np.ndarray, ends: Sequence[int]) -> float:
         """||g - exact|| / ||exact|| of the first batch: its gradient as the run computes it, and in float64."""
@@ -281,10 +282,10 @@ class Graph(Eager):
     """Steps of a `plan.Plan`, recorded as CUDA graphs of 64, 16 and 1 of them, and replayed.
 
     During an epoch nothing waits for the device. A step whose numbers are out of the ordinary (see kernels/step.cuh)
-    changes nothing, and neither do those after it; at the end of the epoch, or at once where it is `watched`, that step
-    is taken eagerly, which tells whether the run diverges, and the rest follows. Where recording fails, steps are eager
-    from there on, with a warning. Products of wide layers are cuBLASLt's where it offers them (see `plan`): they are
-    bound, and run once, when the plan is made. Raises plan.Unplanned.
+    changes nothing, and neither do those after it; when somebody wants to know (`finish`), at the end of the epoch at
+    the latest, that step is taken eagerly, which tells whether the run diverges, and the rest follows. Where recording
+    fails, steps are eager from there on, with a warning. Products of wide layers are cuBLASLt's where it offers them
+    (see `plan`): they are bound, and run once, when the plan is made. Raises plan.Unplanned.
     """
 
     sizes: tuple[int, ...] = (64, 16, 1)
@@ -456,8 +457,8 @@ class Graph(Eager):
             self._shift(0, self._first - first)
             self._first = first
 
-    def run(self, i: int, most: int, watched: bool) -> int:
-        """As `Eager.run`, as many steps as the largest graph that fits."""
+    def run(self, i: int, most: int) -> int:
+        """As `Eager.run`, as many steps as the largest graph that fits; whether they were taken, `finish` knows."""
         if self._ordinary:
             try:
                 steps = self._launch(i, most)
@@ -468,10 +469,8 @@ class Graph(Eager):
                 warnings.warn(f"no CUDA graph, steps run one operation at a time: {self.failed}", stacklevel=2)
                 self.finish()  # steps before these that were put off
             else:
-                if watched:
-                    self.finish()
                 return steps
-        return super().run(i, most, watched)
+        return super().run(i, most)
 
     def _launch(self, i: int, most: int) -> int:
         """Steps i, i + 1, ... by one graph, at most that many; how many."""
@@ -501,18 +500,23 @@ class Graph(Eager):
 
     def finish(self) -> None:
         """Take the steps that were put off, if there are any. Waits for the device."""
-        while unusual := int(self._state[plans.UNUSUAL]):
+        while (unusual := int(self._state[plans.UNUSUAL])) and not int(self.diverged[0]):
             i, done = unusual - self.t, self._done
-            self.put_off += 1
-            if self.put_off == MANY:  # the rest of the epoch would be launched again and again
-                self._ordinary = False
             super().step(i, self.ends[i], self.ends[i + 1], self.measured[i])
             if int(self.diverged[0]):
                 break
+            self.put_off += 1
+            if self.put_off == MANY:  # the rest of the epoch would be launched again and again
+                self._ordinary = False
             self._go_on_from(i + 1)
             i += 1
             while i < done:
-                i += self.run(i, done - i, False)
+                i += self.run(i, done - i)
+
+    def go_back(self) -> None:
+        """As `Eager.go_back`."""
+        super().go_back()
+        self._go_on_from(0)  # else `finish` would take the step that diverged
 
     def _graph(self, m: int, steps: int) -> Any:
         """That many steps of m samples, recorded when they are first asked for."""

@@ -10,11 +10,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from .errors import BackendError
 
-OUT_OF_MEMORY = 2  # of cudaError_t, and of the driver's CUresult
-# Likewise, those after which CUDA is lost: of hardware, and those of which CUDA 13.0's driver_types.h says that "the
-# process must be terminated and relaunched".
+OUT_OF_MEMORY = {"CUDARuntimeError": 2, "CUDADriverError": 2, "CUBLASError": 3}  # each has numbers of its own
+# Of the first two, those after which CUDA is lost: of hardware, and those of which CUDA 13.0's driver_types.h says that
+# "the process must be terminated and relaunched".
 STICKY = {214, 220, 226, 700, 702, 710, 714, 715, 716, 717, 718, 719, 721, 810, 911}
 _RESTART = "start the process again, and resume from the last checkpoint; if it happens again, look with nvidia-smi -q"
 _DOCTOR = "look with backprop-gpu doctor, and nvidia-smi, whether the GPU is in order"
@@ -29,7 +31,7 @@ def lost() -> bool:
 def refuse_if_lost() -> None:
     """BackendError where CUDA is lost to this process."""
     if _lost:
-        raise BackendError(f"the context of the GPU is lost: {_lost}", _RESTART)
+        raise _of_lost_context()
 
 
 def loses(e: BaseException, xp: Any) -> bool:
@@ -52,13 +54,24 @@ def told(xp: Any, batch_size: int | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if not _is_cupys(e):
+        if xp is np or not _is_cupys(e):
             raise
         if _of_memory(e):
-            raise _out_of_memory(e, xp, batch_size) from None
+            raise _with_notes(_out_of_memory(e, xp, batch_size), e) from None
         if loses(e, xp):
-            refuse_if_lost()
-        raise BackendError(f"the GPU fails: {type(e).__name__}: {_first_line(e)}", _DOCTOR) from e
+            raise _with_notes(_of_lost_context(), e) from None
+        raise _with_notes(BackendError(f"the GPU fails: {type(e).__name__}: {_first_line(e)}", _DOCTOR), e) from e
+
+
+def _with_notes(told: BackendError, e: BaseException) -> BackendError:
+    """With what is noted on e: in which callback it came up, say."""
+    for note in getattr(e, "__notes__", ()):
+        told.add_note(note)
+    return told
+
+
+def _of_lost_context() -> BackendError:
+    return BackendError(f"the context of the GPU is lost: {_lost}", _RESTART)
 
 
 def _is_cupys(e: BaseException) -> bool:
@@ -66,7 +79,8 @@ def _is_cupys(e: BaseException) -> bool:
 
 
 def _of_memory(e: BaseException) -> bool:
-    return isinstance(e, MemoryError) or getattr(e, "status", None) == OUT_OF_MEMORY
+    status = getattr(e, "status", None)
+    return isinstance(e, MemoryError) or (status is not None and status == OUT_OF_MEMORY.get(type(e).__name__))
 
 
 def _out_of_memory(e: BaseException, xp: Any, batch_size: int | None) -> BackendError:

@@ -12,6 +12,8 @@ from typing import Any
 from .errors import ConfigError
 from .network import Network
 
+# A terminal that goes away hangs up; Windows has no such signal.
+STOPPING = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 _in_training: set[int] = set()
 _in_training_lock = threading.Lock()
 
@@ -31,7 +33,7 @@ def alone(net: Network) -> Iterator[None]:
 
 
 class WholeSteps:
-    """Holds back Ctrl-C, and SIGTERM where the program handles it, until `deliver` is called between two steps.
+    """Holds back Ctrl-C, and SIGTERM and SIGHUP where the program handles them, until `deliver` between two steps.
 
     A second signal is not held back. Outside the main thread, where Python delivers no signals, it does nothing.
     """
@@ -42,7 +44,7 @@ class WholeSteps:
 
     def __enter__(self) -> WholeSteps:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOPPING:
                 handler = signal.getsignal(number)
                 if callable(handler):
                     self._handlers[number] = handler
@@ -54,11 +56,6 @@ class WholeSteps:
             self._waiting = None
             self._handlers[number](number, frame)
         self._waiting = number
-
-    @property
-    def waiting(self) -> bool:
-        """Whether a signal is held."""
-        return self._waiting is not None
 
     def deliver(self) -> None:
         """Let a held signal do what it would have done."""

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from .stopping import Ending
 from .tally import Tally, tally_for
 
 STILL = 1e-6  # of the cost: a smaller change is none
-MOST_SECONDS = 100_000  # epochs whose seconds a file tells one by one
+MOST_SECONDS = 50_000  # epochs whose seconds a file tells one by one
 
 
 @dataclass
@@ -83,6 +83,8 @@ class Loop:
         self._before = net.criterion, net.task
         self._theta_at_first = digest(net.theta) if self.checkpoints else ""
         self._saving = False
+        self._callback_failed = False  # what ends the run is not its own error then
+        self._went_on = 0, 0  # after which step, and for how many epochs the learning rate of that one was made
         self._lrs: Sequence[float] = ()  # of the steps of the epoch under way
         self._tally: Tally | None = None
         self._next: tuple[np.ndarray, np.ndarray] | None = None
@@ -98,7 +100,7 @@ class Loop:
                     self._epoch()
                 self._save(last=True)
         except BaseException as e:
-            self._save_after(e)
+            self._stop_at_whole_step(e)
             raise
 
     def _epoch(self) -> None:
@@ -126,6 +128,8 @@ class Loop:
                 executor.ahead(self._next[0])
             self._settle()
         except DivergenceError as e:
+            if self._callback_failed:
+                raise
             self._retreat(e)
             return
         self._close(order, ends, lrs, late)
@@ -138,10 +142,11 @@ class Loop:
             self._start = self.run.net.theta.copy()
         costs = [math.inf if self._first_cost is None else self._first_cost, *self.run.history.train_cost]
         if self.retreats and (not self._closed or costs[-1] <= min(costs)):
-            self._good_epoch, self._good = self._closed, {"good": self.run.net.theta.copy()}
-            self._good |= {f"good.{k}": slot.copy() for k, slot in enumerate(self.executor.slots, 1)}
+            good = {"good": self.run.net.theta.copy()}
+            good |= {f"good.{k}": slot.copy() for k, slot in enumerate(self.executor.slots, 1)}
             if self.ending.best is not None:
-                self._good["good.best"] = self.ending.best
+                good["good.best"] = self.ending.best
+            self._good_epoch, self._good = self._closed, good
 
     def _steps(self) -> bool:
         """The steps that the epoch still has; True where the time was over before them."""
@@ -151,7 +156,7 @@ class Loop:
             most = 1 if self.one_by_one else steps - self._position
             if checkpoints:
                 most = min(most, checkpoints.until(run.step) or most)
-            taken = self.executor.run(self._position, most, self.each_step)
+            taken = self.executor.run(self._position, most)
             if taken:
                 self._position, run.step = self._position + taken, run.step + taken
                 run.lr = self._lrs[self._position - 1]
@@ -159,17 +164,22 @@ class Loop:
             run.whole = True
             if not taken:
                 break
+            if self.each_step:
+                self._settle()  # nobody is shown a step that was not taken
             for hook in self.on_step:
-                call(hook, run)
-            due = checkpoints is not None and checkpoints.due(run.step)
-            if due or self.whole_steps.waiting:
+                self._call(hook)
+            if checkpoints is not None and checkpoints.due(run.step):
                 self._settle()
-            if due:
                 self._save()
             self.whole_steps.deliver()
             if self.ending.late():
                 return True
-        return False
+        return self.ending.late()  # of an epoch whose steps were all taken before the run was resumed
+
+    def _call(self, hook: Hook) -> None:
+        self._callback_failed = True
+        call(hook, self.run)
+        self._callback_failed = False
 
     def _settle(self) -> None:
         """Wait for the steps so far; DivergenceError where one of them left the finite numbers."""
@@ -212,7 +222,7 @@ class Loop:
         for k, slot in enumerate(self.executor.slots, 1):
             slot[...] = self._good[f"good.{k}"]
         self.ending.go_on(history.validation_cost, self._good.get("good.best"))
-        self.executor.diverged[...] = 0
+        self.executor.go_back()
         self._closed, run.step, self._position, self._under_way, self._next = n, n * run.steps_per_epoch, 0, 0.0, None
         run.lr, run.whole = self._lr_of_last_epoch(), True
         warnings.warn(
@@ -247,7 +257,7 @@ class Loop:
             norms = _gradient_norms(problem, whole(self.weights, everything, problem.reduction))
         history.gradient_norms.append(norms.layers if norms and self.gradient_norms else None)
         for hook in self.on_epoch:
-            call(hook, run)
+            self._call(hook)
         moved = None
         if self.ending.parameter_tolerance is not None and max(lrs[:done]) > 0:
             moved = float(abs(run.net.theta - self._start).max())
@@ -302,12 +312,14 @@ class Loop:
         }
         error = history.gradient_error
         under_way = time.perf_counter() - self._since if self._position else 0.0
+        step, epochs = self._went_on
         return RunState(
-            self.settings, run.epochs, n, self._position, run.step, run.lr, self._samples, history.stopped,
+            self.settings, run.epochs, n, self._position, run.step, run.lr,
+            epochs if run.step == step else run.epochs, self._samples, history.stopped,
             history.best_epoch, error if error is None or math.isfinite(error) else None, list(history.retreats),
             self._good_epoch, self._first_cost,
             [to_host(slot) for slot in self.executor.slots], vectors, to_host(self.executor.measured)[: self._position],
-            columns, self._theta_at_first, run.stop, self.executor.put_off if self._position else 0,
+            columns, self._theta_at_first, bool(run.stop), self.executor.put_off if self._position else 0,
             self.checkpoints.whereabouts(run.net.backend, self.executor.told) if self.checkpoints else {},
             {"seconds": seconds, "under_way": under_way, "elapsed": time.perf_counter() - self._began},
         )  # fmt: skip
@@ -315,29 +327,38 @@ class Loop:
     def _save(self, last: bool = False) -> None:
         if self.checkpoints:
             self._saving = True
-            self.checkpoints.write(self.run.net, self.state(), last)
+            self.checkpoints.write(self.run.net, self.state, last)
             self._saving = False
-            if self.checkpoints.saved:
-                self.run.saved = self.checkpoints.saved[0]
+            self.run.saved = self.checkpoints.kept()
 
-    def _save_after(self, e: BaseException) -> None:
-        """Save the last whole step, where a signal or an error has stopped the run, unless the file is better."""
-        if self.checkpoints is None:
-            return
-        whole = self.run.step and self.run.whole and not self._saving
-        gone = lost() or isinstance(e, CheckpointError)
-        if whole and not gone and not (isinstance(e, DivergenceError) and self.checkpoints.saved):
-            # What a file holds already is further from a divergence.
+    def _stop_at_whole_step(self, e: BaseException) -> None:
+        """Where a signal or an error has stopped the run: bring it to the last whole step, and save that.
+
+        Not where the file is better: what it holds already is further from a divergence.
+        """
+        file, ours = self.checkpoints, not self._callback_failed
+        diverged, failed = ours and isinstance(e, DivergenceError), ""
+        if self.run.whole and not self._saving and not lost():
             try:
-                with suppress(DivergenceError):  # on a GPU, of a step that was taken for done
+                try:
                     self._settle()
-                self._save(last=True)
-            except Exception as failed:
+                except DivergenceError as also:  # on a GPU, of a step that was taken for done
+                    if not diverged:
+                        e.add_note(also.cause)
+                    diverged = True
+                better = diverged and file is not None and file.kept() is not None
+                if self.run.step and not better and not (ours and isinstance(e, CheckpointError)):
+                    self._save(last=True)
+            except Exception as other:
                 if not isinstance(e, Exception):
                     raise
-                e.add_note(f"the run could not be saved: {(str(failed).splitlines() or [''])[0]}")
-        if self.checkpoints.saved:
-            e.add_note(f"{self.checkpoints.name} holds the run after step {self.checkpoints.saved[0]}")
+                failed = (str(other).splitlines() or [type(other).__name__])[0]
+        if file is None:
+            return
+        if failed:
+            e.add_note(f"the run could not be saved: {failed}")
+        if (kept := file.kept()) is not None:
+            e.add_note(f"{file.name} holds the run after step {kept}")
 
     def go_on_from(self, found: Checkpoint) -> None:
         """Put everything where it was when the file was written.
@@ -368,20 +389,19 @@ class Loop:
         self._theta_at_first, self._start = state.began, vectors.get("start")
         self._closed, self._position, self._samples = state.epoch, state.position, state.samples
         self._put_off, self._under_way = state.put_off, state.clock["under_way"]
+        self._went_on = state.step, state.lr_epochs
         run.epoch, run.step, run.lr, run.stop = state.epoch, state.step, state.lr, state.stop
         self._began -= state.clock["elapsed"]
         self.ending.start(state.clock["elapsed"])
-        if self.ending.patience is not None:
-            self.ending.go_on(history.validation_cost, vectors.get("best", found.net.theta))
+        self.ending.go_on(history.validation_cost, vectors.get("best", found.net.theta))
 
     def _refuse_another_schedule(self, state: RunState) -> None:
         """ConfigError where the schedule, which may be anybody's function, makes another lr of the last step."""
-        changed = self.run.epochs != state.epochs or (state.retreats and not state.position)
-        if not state.step or changed:
+        if not state.step or (state.retreats and not state.position):
             return
         watched = state.columns.get("train_cost" if self.held_out is None else "validation_cost", np.zeros(0)).tolist()
         scheduled = during(self.factor, watched if state.position else watched[:-1])
-        lr, total = self.rule.lr * 0.5 ** len(state.retreats), self.run.epochs * self.run.steps_per_epoch
+        lr, total = self.rule.lr * 0.5 ** len(state.retreats), state.lr_epochs * self.run.steps_per_epoch
         lr = lr_of(lr, scheduled, state.step - 1, total)
         if lr != state.lr:
             raise ConfigError(

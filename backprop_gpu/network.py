@@ -498,10 +498,11 @@ class Network:
     ) -> dict[str, Any]:
         chosen = choose_cost(cost, self.output).smoothed(label_smoothing)
         check_reduction(reduction)
-        data = inputs.features(X, self.layers[0], self.dtype)
-        m = len(data)
-        wanted = inputs.targets(T, m, self.layers[-1], chosen.name, self.dtype)
-        weights = inputs.sample_weights(sample_weight, m, self.dtype, reduction)
+        with backends.guarded(X, T, sample_weight):
+            data = inputs.features(X, self.layers[0], self.dtype)
+            m = len(data)
+            wanted = inputs.targets(T, m, self.layers[-1], chosen.name, self.dtype)
+            weights = inputs.sample_weights(sample_weight, m, self.dtype, reduction)
         draw = _draw(draw)
         be = self.backend
         with be.active(), np.errstate(all="ignore"):
@@ -545,7 +546,8 @@ class Network:
 
     def _scores(self, X: Any, output: bool) -> Array:
         """A[L] or, without the output function, Z[L], in chunks that bound the memory."""
-        data = inputs.features(X, self.layers[0], self.dtype)
+        with backends.guarded(X):
+            data = inputs.features(X, self.layers[0], self.dtype)
         be = self.backend
         with be.active(), np.errstate(all="ignore"):
             result = be.xp.empty((len(data), self.layers[-1]), self.dtype)

@@ -87,6 +87,7 @@ class ProgressBar:
 
     def __call__(self, run: Run) -> None:
         """After each epoch."""
+        self.run = run
         h = run.history
         words = [f"cost {h.train_cost[-1]:.4f}"]
         if (accuracy := h.train_accuracy[-1]) is not None:
@@ -121,7 +122,7 @@ def summary(result: dict[str, Any], reason: str) -> str:
         lines.append(f"epoch {epoch}: ||dC/dW|| by layer {' '.join(f'{norm:.3g}' for norm in norms)}")
     if result["test_cost"] is not None:
         lines.append(f"test cost {result['test_cost']:.4f}" + _percent(", accuracy", result["test_accuracy"]))
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _percent(what: str, share: float | None) -> str:
@@ -352,7 +353,7 @@ def one_line(text: str) -> str:
 def tell(line: str) -> None:
     """A line on stderr, if anybody hears it."""
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr)
+        print(one_line(line), file=sys.stderr)
 
 
 def warn(message: Any, *_: Any) -> None:

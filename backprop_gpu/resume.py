@@ -9,7 +9,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class Checkpoints:
             raise ConfigError(f"on_checkpoint_error is {on_error!r}", 'write "raise" or "warn"')
         self.on_error = on_error
         self.saved: tuple[Any, ...] | None = None  # where the run stood when it was written last
+        self._known: tuple[int, ...] | None = None  # by what the file of then is known again
         self._written = time.monotonic()
         self._threads = blas.threads.now()  # outside of a run, which sets it from product to product
 
@@ -85,19 +86,35 @@ class Checkpoints:
     def _late(self) -> bool:
         return self.every.seconds is not None and time.monotonic() - self._written >= self.every.seconds
 
-    def write(self, net: Network, run: RunState, last: bool) -> None:
+    def write(self, net: Network, state: Callable[[], RunState], last: bool) -> None:
         """Write it, unless the run stands where it stood. `last`: the run ends here. Raises CheckpointError."""
-        self._written = time.monotonic()
-        if run.stands == self.saved:
-            return
+        self._written, step = time.monotonic(), ""
         try:
-            checkpoint.write(net, self.path, run)
+            try:
+                run = state()
+                step = f" of step {run.step}"
+                if run.stands == self.saved and self.kept() is not None:
+                    return
+                checkpoint.write(net, self.path, run)
+            except MemoryError:
+                raise CheckpointError(f"{self.name} is not written: out of memory", "free some memory") from None
         except CheckpointError as e:
             if last or self.on_error == "raise":
                 raise
-            warnings.warn(f"no checkpoint of step {run.step}: {e.cause}; the run goes on", stacklevel=2)
+            warnings.warn(f"no checkpoint{step}: {e.cause}; the run goes on", stacklevel=2)
         else:
-            self.saved = run.stands
+            self.saved, self._known = run.stands, self._seen()
+
+    def kept(self) -> int | None:
+        """After which step the run is in the file; None where there is none, or another's by now."""
+        return self.saved[0] if self.saved and self._seen() == self._known else None
+
+    def _seen(self) -> tuple[int, ...] | None:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     def read(self, net: Network, cost: Cost, settings: Mapping[str, Any], epochs: int) -> Checkpoint | None:
         """What `net` is to go on from; None where there is nothing yet. `net` stays as it is.
@@ -105,6 +122,7 @@ class Checkpoints:
         Raises CheckpointError for a file that cannot be trusted or holds no run, ConfigError for a run with other
         settings.
         """
+        self._known = self._seen()
         try:
             if not self.path.stat().st_size:
                 return None
@@ -144,8 +162,11 @@ class Checkpoints:
         rung = rung.replace("replay", "eager") if be.name == "numpy" else rung  # the same bits
         rung = rung.replace(", data streamed", "")
         found: dict[str, Any] = {"executor": executor, "backend": be.name, "device": be.device, "rung": rung}
-        found |= {"numpy": np.__version__, "blas": blas.core(), "threads": self._threads}
-        return found | ({} if be.name == "numpy" else {"cupy": be.xp.__version__})
+        found["numpy"] = np.__version__  # which draws the orders everywhere
+        if be.name == "cupy":
+            return {**found, "cupy": be.xp.__version__}
+        found |= {"blas": blas.core(), "threads": self._threads}
+        return {**found, "numba_threads": be.ops.threads()} if be.fast else found
 
     def compare(self, run: RunState, where: Mapping[str, Any]) -> None:
         """Warn where the last bits will not be those of a run that was never stopped."""

@@ -80,7 +80,7 @@ class Stepping:
             while k > 0:
                 if self._done == len(self._ends) - 1:
                     self._begin()
-                taken = self.executor.run(self._done, min(k, len(self._ends) - 1 - self._done), False)
+                taken = self.executor.run(self._done, min(k, len(self._ends) - 1 - self._done))
                 if not taken:
                     self._finish()
                 self._done += taken

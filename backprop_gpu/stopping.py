@@ -47,6 +47,8 @@ class Ending:
 
     def go_on(self, costs: Sequence[float | None], best: Any) -> None:
         """Epochs of these validation costs were, and no others; `best`: the parameters of the best of them."""
+        if self.patience is None:
+            return
         self.best, self._best_cost, self._best_epoch, self._last_epoch = None, math.inf, 0, len(costs)
         for epoch, cost in enumerate(costs, 1):
             if cost is not None and cost < self._best_cost:

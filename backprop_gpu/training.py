@@ -13,7 +13,7 @@ import numpy as np
 
 from . import inputs
 from .activations import Array
-from .backend import to_host
+from .backend import guarded, to_host
 from .batches import KINDS, check_seed, split_off, steps_per_epoch
 from .checkpoint import Checkpoint
 from .costs import Cost, choose_cost
@@ -35,6 +35,7 @@ from .streaming import data_limit, room_for
 from .tally import Tally
 
 BATCH_SIZE = 128
+MOST_EPOCHS = 2**31
 
 
 def train(
@@ -102,10 +103,11 @@ def train(
     in float64: ||g - exact|| / ||exact||.
 
     `callbacks`: functions called with the `Run` after every epoch, or objects whose method `on_step` is called with it
-    after every step; an object may be both.
+    after every step; an object may be both. They are called in order; what one raises ends the run at that whole step,
+    and those after it are not called for it (after an epoch all are called again where the run is resumed).
 
     `save`: the file that the network and the state of the run are written to when training is over or stopped (by
-    Ctrl-C, a signal that the program turns into an exception, or an error in a callback), and each `checkpoint_every`:
+    Ctrl-C, a signal that the program turns into an exception, or an error, one in a callback too), each `checkpoint_every`:
     "500 steps", "2 epochs", "5 minutes". `resume`: go on from that file where there is one, with the bits of a run that
     was never stopped, on the same machine and rung (see `history.executor`); what net.theta holds does not matter then.
     All settings must be the same but `epochs`, which may be more (the schedule is stretched over all of them), and
@@ -129,6 +131,8 @@ def train(
     check_reduction(reduction)
     lookup("kind of batches", batches, dict.fromkeys(KINDS))
     epochs, seed, frozen = positive("epochs", epochs), check_seed(seed), _frozen(net, frozen)
+    if epochs > MOST_EPOCHS:
+        raise ConfigError(f"epochs is {epochs}", f"give {MOST_EPOCHS} at most")
     retreats = natural("retreats", retreats)
     if patience is not None and validation is None:
         raise ConfigError("patience without validation data", "pass validation=(X, T), or a fraction to split off")
@@ -137,7 +141,8 @@ def train(
     if isinstance(validation, (int, float, np.number)) and not isinstance(validation, bool):
         share = number("train", "validation", validation, high=1.0, low_open=True)
         stay, held = split_off(len(samples), share, seed)
-        samples, held_out = samples.take(stay), samples.take(held)
+        with guarded(samples.X, samples.T):
+            samples, held_out = samples.take(stay), samples.take(held)
         for part, what in ((samples, "the weights left to train with"), (held_out, "the weights split off")):
             inputs.sample_weights(part.weights, len(part), net.dtype, what=what)
     elif validation is not None:
@@ -248,19 +253,20 @@ def _samples(
     class_weight: Any = None,
 ) -> Samples:
     """What a user handed over, checked; the task is "regression" where targets under a sigmoid are not all 0 or 1."""
-    data = inputs.features(X, net.layers[0], net.dtype)
-    wanted = inputs.targets(T, len(data), net.layers[-1], cost.name, net.dtype)
-    weights, what = sample_weight, "sample_weight"
-    if class_weight is not None:
-        weights = inputs.class_weights(class_weight, wanted, net.layers[-1], net.output)
-        what = "class_weight"
-        if sample_weight is not None:
-            weights = weights * inputs.sample_weights(sample_weight, len(data), np.dtype(np.float64), reduction)
-            what = "sample_weight times class_weight"
-    weights = inputs.sample_weights(weights, len(data), net.dtype, reduction, what)
-    task = _task(net, wanted)
-    if task in ("binary", "multilabel") and not bool(((wanted == 0) | (wanted == 1)).all()):
-        task = "regression"
+    with guarded(X, T, sample_weight):
+        data = inputs.features(X, net.layers[0], net.dtype)
+        wanted = inputs.targets(T, len(data), net.layers[-1], cost.name, net.dtype)
+        weights, what = sample_weight, "sample_weight"
+        if class_weight is not None:
+            weights = inputs.class_weights(class_weight, wanted, net.layers[-1], net.output)
+            what = "class_weight"
+            if sample_weight is not None:
+                weights = weights * inputs.sample_weights(sample_weight, len(data), np.dtype(np.float64), reduction)
+                what = "sample_weight times class_weight"
+        weights = inputs.sample_weights(weights, len(data), net.dtype, reduction, what)
+        task = _task(net, wanted)
+        if task in ("binary", "multilabel") and not bool(((wanted == 0) | (wanted == 1)).all()):
+            task = "regression"
     return Samples(data, wanted, weights, task)
 
 

@@ -129,7 +129,7 @@ def run() -> Iterator[dict[str, Any]]:
         xp = executor.problem.net.backend.xp
         with executor.problem.net.backend.active(), contextlib.closing(executor):
             gpu_steps.begin(recipe, executor)
-            executor.run(0, 1, False)
+            executor.run(0, 1)
             xp.cuda.get_current_stream().synchronize()
             xp.cuda.runtime.profilerStart()
             executor._enqueue(recipe.m, 0)

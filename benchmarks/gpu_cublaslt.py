@@ -419,7 +419,8 @@ def _step(layers: tuple[int, ...], m: int, precision: str, way: Way) -> tuple[di
         with contextlib.closing(_run_of(layers, m, dtype, bp.SGD(1.0))) as run, run.problem.net.backend.active():
             before_it = _parameters(run)
             run.begin(np.arange(m * A_GRAPH), [0, m], [1.0], 1)
-            run.run(0, 1, True)
+            run.run(0, 1)
+            run.finish()
             gradient = before_it - _parameters(run)
         with contextlib.closing(_run_of(layers, m, dtype, bp.Adam(1e-3))) as run, run.problem.net.backend.active():
             us = 1e6 * _seconds(run, m)
@@ -454,7 +455,7 @@ def _seconds(run: executors.Graph, m: int) -> float:
     for _ in range(1 + REPEATS):  # the first one records
         run.begin(np.arange(m * A_GRAPH), ends, [1e-3] * A_GRAPH, 1)
         start.record()
-        run.run(0, A_GRAPH, False)
+        run.run(0, A_GRAPH)
         stop.record()
         stop.synchronize()
         times.append(cp.cuda.get_elapsed_time(start, stop) / 1000 / A_GRAPH)

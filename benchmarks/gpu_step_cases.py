@@ -127,7 +127,7 @@ def _trained(case: StepCase, kind: type[Eager], net: bp.Network, poison: bool) -
         executor.begin(np.random.default_rng(1).permutation(case.ends[-1]), case.ends, [LR] * steps, 1)
         done = 0
         while done < steps:
-            done += executor.run(done, steps - done, False)
+            done += executor.run(done, steps - done)
         executor.finish()
         if isinstance(executor, Graph) and executor.put_off:
             raise RuntimeError(f"{executor.put_off} steps were not taken by the plan's kernels")

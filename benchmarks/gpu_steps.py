@@ -102,7 +102,7 @@ def begin(recipe: Recipe, executor: Eager) -> None:
 def _run(recipe: Recipe, executor: Eager) -> None:
     done = 0
     while done < recipe.steps:
-        done += executor.run(done, recipe.steps - done, False)
+        done += executor.run(done, recipe.steps - done)
     executor.finish()
 
 
@@ -129,7 +129,7 @@ def _program(recipe: Recipe, executor: Eager) -> Program:
             executor._state[...] = first
             done = 0
             while done < recipe.steps:
-                done += executor.run(done, recipe.steps - done, False)
+                done += executor.run(done, recipe.steps - done)
 
         return Program(replay, stream.synchronize, recipe.steps)
     return Program(lambda: _run(recipe, executor), stream.synchronize, recipe.steps)

@@ -427,6 +427,7 @@ def change(rng: Rng, tree: Any, other: Any) -> None:
         held[i] = odd_value(rng)
 
 
+OF_METADATA = "sha256_of_metadata"
 WIDTHS = {"BOOL": 1, "U8": 1, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 
 
@@ -447,6 +448,17 @@ def fit(tree: Any, data: bytes) -> bytes:
         if held[0] == "sha256":
             held[i] = Quoted([digests])
     return bytes(out)
+
+
+def fit_metadata(tree: Any) -> None:
+    """Let the digest of the metadata be theirs, where they can be parsed."""
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        metadata = json.loads(written(tree))["__metadata__"]
+        metadata.pop(OF_METADATA)
+        text = json.dumps(metadata, sort_keys=True)
+        for held, i in places(tree):
+            if held[0] == OF_METADATA:
+                held[i] = hashlib.sha256(text.encode()).hexdigest()
 
 
 def mutate_model(rng: Rng, content: bytes, other: bytes) -> bytes:
@@ -471,6 +483,8 @@ def remade(rng: Rng, tree: Any, data: bytes, other: Any) -> tuple[bytes, bytes]:
         data = odd_numbers(rng, data) if rng.random() < 0.7 else damaged(rng, data, data)
     if rng.random() < 0.6:
         data = fit(tree, data)
+    if rng.random() < 0.95:
+        fit_metadata(tree)
     return written(tree).encode("utf8", "surrogatepass"), data
 
 

@@ -97,6 +97,9 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, c
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
+OF_METADATA = "sha256_of_metadata"
+
+
 def forge(tmp_path, tensors=None, drop=(), config=None, extra=None, digests=True, **metadata):
     """A model file with parts of its metadata or tensors exchanged, and digests that fit, unless told otherwise."""
     bp.save(trained(), tmp_path / "m")
@@ -109,6 +112,11 @@ def forge(tmp_path, tensors=None, drop=(), config=None, extra=None, digests=True
         meta["sha256"] = json.dumps({k: hashlib.sha256(v.tobytes()).hexdigest() for k, v in kept.items()})
     meta.update(metadata)
     meta.update(extra or {})
+    own = meta.pop(OF_METADATA)
+    if digests:
+        own = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+    if OF_METADATA not in drop:
+        meta[OF_METADATA] = own
     (tmp_path / "m").write_bytes(save_tensors(kept, meta))
     return tmp_path / "m"
 
@@ -155,6 +163,8 @@ NAN = np.full((5, 4), np.nan, np.float32)
         ({"config": {"cost": "hinge"}}, "uses 'hinge', an activation or a cost of somebody's own"),
         ({"config": {"output": "identity"}}, "is not a model"),  # does not go with the cost
         ({"drop": ["layer.2.bias"]}, "does not hold the tensors"),
+        ({"drop": [OF_METADATA]}, f"it has no '{OF_METADATA}'"),
+        ({"digests": False, "config": {"seed": 7}}, "is damaged: its metadata are not what was saved"),
         ({"tensors": {"layer.3.bias": np.zeros(3, np.float32)}}, "does not hold the tensors"),
         ({"tensors": {"layer.1.weight": np.zeros((4, 5), np.float32)}}, "does not hold the tensors"),
         ({"tensors": {"layer.1.weight": np.zeros((5, 4), np.int32)}}, "does not hold the tensors"),
@@ -211,13 +221,14 @@ def test_every_flipped_bit_is_found(tmp_path):
     content = (tmp_path / "m").read_bytes()
     first = 8 + int.from_bytes(content[:8], "little")
     assert len(content) - first == 4 * 43
-    for at in range(first, len(content)):
-        for bit in range(8):
+    for at in range(len(content)):
+        for bit in range(8) if at < 8 or at >= first else [at % 8]:
             damaged = bytearray(content)
             damaged[at] ^= 1 << bit
             (tmp_path / "x").write_bytes(damaged)
-            with pytest.raises(bp.CheckpointError, match="is not what was saved"):
+            with pytest.raises(bp.CheckpointError) as e:
                 bp.load(tmp_path / "x", "numpy")
+            assert at < first or "is not what was saved" in e.value.cause
 
 
 def test_an_entry_that_stands_there_twice(tmp_path):

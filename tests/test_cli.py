@@ -158,7 +158,7 @@ def without_the_clock(path):
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
-    del header["__metadata__"]["clock"]
+    del header["__metadata__"]["clock"], header["__metadata__"]["sha256_of_metadata"]
     return header, content[end:]
 
 

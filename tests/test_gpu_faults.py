@@ -139,13 +139,25 @@ def test_a_context_that_is_lost(monkeypatch, tmp_path, rung, status, late):
     assert checkpoint.read(path, "numpy").run.step == 3
 
 
-class CuPyError(RuntimeError):
+class CUDARuntimeError(RuntimeError):
     __module__ = "cupy_backends.cuda.api.runtime"
 
     def __init__(self, status=None):
         super().__init__("oh\nno")
         if status is not None:
             self.status = status
+
+
+class CUDADriverError(CUDARuntimeError):
+    __module__ = "cupy_backends.cuda.api.driver"
+
+
+class CUBLASError(CUDARuntimeError):
+    __module__ = "cupy_backends.cuda.libs.cublas"
+
+
+class NVRTCError(CUDARuntimeError):
+    __module__ = "cupy_backends.cuda.libs.nvrtc"
 
 
 class Device:
@@ -172,20 +184,20 @@ class Device:
 def test_errors_after_which_no_call_works(name):
     """By the documentation of cudaError_t, and of CUresult; the device, which is lost, is not asked."""
     cp = Device()
-    assert gpu_faults.loses(CuPyError(int(name.partition("=")[2])), cp)
+    assert gpu_faults.loses(CUDARuntimeError(int(name.partition("=")[2])), cp)
     assert cp.asked == 0
     with pytest.raises(bp.BackendError) as e:
         gpu_faults.refuse_if_lost()
     assert e.value.cause == "the context of the GPU is lost: oh"
 
 
-@pytest.mark.parametrize("e", [CuPyError(), CuPyError(13), CuPyError(999)])
+@pytest.mark.parametrize("e", [CUDARuntimeError(), CUBLASError(13), CUBLASError(2), NVRTCError(2), CUDARuntimeError(999)])
 def test_where_an_error_does_not_say_why_the_device_is_asked(e):
     cp = Device()
     assert not gpu_faults.loses(e, cp)
-    cp.error = CuPyError(701)
+    cp.error = CUDARuntimeError(701)
     assert not gpu_faults.loses(e, cp)
-    cp.error = CuPyError(700)
+    cp.error = CUDARuntimeError(700)
     assert gpu_faults.loses(e, cp)
     assert cp.asked == 3
     assert gpu_faults.loses(e, cp)
@@ -193,8 +205,9 @@ def test_where_an_error_does_not_say_why_the_device_is_asked(e):
 
 
 def test_errors_of_memory_and_of_others_lose_nothing():
-    cp = Device(CuPyError(700))
-    assert not any(gpu_faults.loses(e, cp) for e in (CuPyError(2), MemoryError(), RuntimeError(), ValueError()))
+    cp = Device(CUDARuntimeError(700))
+    of_memory = CUDARuntimeError(2), CUDADriverError(2), CUBLASError(3), MemoryError()
+    assert not any(gpu_faults.loses(e, cp) for e in (*of_memory, RuntimeError(), ValueError()))
     assert cp.asked == 0
 
 
@@ -208,7 +221,7 @@ def test_errors_of_memory_and_of_others_lose_nothing():
 )
 def test_what_is_told_where_memory_runs_out(batch_size, cause, cure):
     with pytest.raises(bp.BackendError) as e, gpu_faults.told(Device(), batch_size):
-        raise CuPyError(2)
+        raise CUDARuntimeError(2)
     assert e.value.cause == cause
     assert e.value.cure.startswith(cure)
 

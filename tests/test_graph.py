@@ -204,7 +204,7 @@ def test_small_batches_in_a_row(cp, data, ends, monkeypatch):
                 executor.begin(np.random.default_rng(0).permutation(60), ends, [0.1] * steps, 1)
                 done = 0
                 while done < steps:
-                    done += executor.run(done, steps - done, False)
+                    done += executor.run(done, steps - done)
                 executor.finish()
         thetas.append(theta(net))
     np.testing.assert_allclose(thetas[1], thetas[0], rtol=1e-10, atol=1e-13)
@@ -277,8 +277,8 @@ def within_epochs(monkeypatch):
         begin(self, *args)
         began[:] = [counts()]
 
-    def running(self, i, most, watched):
-        taken = run(self, i, most, watched)
+    def running(self, i, most):
+        taken = run(self, i, most)
         if i + taken == len(self.ends) - 1:
             differences.append(tuple(np.subtract(counts(), began[0]).tolist()))
         return taken

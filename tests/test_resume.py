@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -41,11 +42,15 @@ class CutAfter:
             raise Cut
 
 
+OF_METADATA = "sha256_of_metadata"
+
+
 def contents(path):
     """All of a checkpoint but what the clock said."""
     content = Path(path).read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    metadata = {key: json.loads(text) for key, text in header["__metadata__"].items() if key not in ("clock", "format")}
+    told = {key: text for key, text in header["__metadata__"].items() if key not in ("clock", "format", OF_METADATA)}
+    metadata = {key: json.loads(text) for key, text in told.items()}
     return metadata, {name: (a.dtype, a.shape, a.tobytes()) for name, a in load_tensors(content).items()}
 
 
@@ -799,6 +804,9 @@ def forge(path, part, change):
     header = json.loads(content[8:end])
     of = json.loads(header["__metadata__"][part])
     header["__metadata__"][part] = json.dumps({**of, **change} if isinstance(change, dict) else change)
+    del header["__metadata__"][OF_METADATA]
+    own = json.dumps(header["__metadata__"], sort_keys=True)
+    header["__metadata__"][OF_METADATA] = hashlib.sha256(own.encode()).hexdigest()
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
@@ -934,7 +942,7 @@ def test_the_seed_of_the_network_and_that_of_the_run(tmp_path):
 
 def test_a_schedule_of_ones_own_is_known_between_epochs_too(tmp_path):
     cut(tmp_path / "m", 4, schedule=lambda step, total: 1.0)
-    train(tmp_path / "n", schedule=lambda step, total: 1.0, epochs=2)
+    train(tmp_path / "n", schedule=lambda step, total: 1 / total, epochs=2)
     with pytest.raises(bp.ConfigError, match="the schedule makes lr"):
         train(tmp_path / "m", resume=True, schedule=lambda step, total: 0.123)
     train(tmp_path / "n", resume=True, schedule=lambda step, total: 1 / total, epochs=3)  # stretched
@@ -964,6 +972,7 @@ def test_without_memory_nothing_is_half_taken_over(tmp_path, monkeypatch):
         before, pool, plain = to_host(net.theta).copy(), cp.get_default_memory_pool(), loop.Loop.go_on_from
 
         def without_memory(self, found):
+            pool.free_all_blocks()
             pool.set_limit(size=pool.used_bytes() + 20_000)
             try:
                 plain(self, found)

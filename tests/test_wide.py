@@ -113,7 +113,7 @@ def steps_of(run, rule, n=10):
             run.begin(order, ENDS, [rule.lr, 0.5 * rule.lr, 0.1 * rule.lr], first + 1)
             done = 0
             while done < of_epoch:
-                done += run.run(done, of_epoch - done, False)
+                done += run.run(done, of_epoch - done)
             run.finish()
             assert int(run.diverged[0]) == 0
             told.append(to_host(run.measured)[:of_epoch].copy())
