@@ -107,7 +107,7 @@ def train(
     and those after it are not called for it (after an epoch all are called again where the run is resumed).
 
     `save`: the file that the network and the state of the run are written to when training is over or stopped (by
-    Ctrl-C, a signal that the program turns into an exception, or an error, one in a callback too), each `checkpoint_every`:
+    Ctrl-C, a signal that the program turns into an exception, or any error), and each `checkpoint_every`:
     "500 steps", "2 epochs", "5 minutes". `resume`: go on from that file where there is one, with the bits of a run that
     was never stopped, on the same machine and rung (see `history.executor`); what net.theta holds does not matter then.
     All settings must be the same but `epochs`, which may be more (the schedule is stretched over all of them), and

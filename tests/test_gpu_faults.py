@@ -191,7 +191,9 @@ def test_errors_after_which_no_call_works(name):
     assert e.value.cause == "the context of the GPU is lost: oh"
 
 
-@pytest.mark.parametrize("e", [CUDARuntimeError(), CUBLASError(13), CUBLASError(2), NVRTCError(2), CUDARuntimeError(999)])
+@pytest.mark.parametrize(
+    "e", [CUDARuntimeError(), CUDARuntimeError(999), CUBLASError(13), CUBLASError(2), NVRTCError(2)], ids=repr
+)
 def test_where_an_error_does_not_say_why_the_device_is_asked(e):
     cp = Device()
     assert not gpu_faults.loses(e, cp)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ import backprop_gpu as bp
 from backprop_gpu import backend as backends
 from backprop_gpu import checkpoint, files, loop, report
 from backprop_gpu.backend import to_host
+from backprop_gpu.batches import epoch_plan
 from backprop_gpu.resume import Checkpoints, Interval, digest
 
 SLOW = os.environ.get("BACKPROP_GPU_SLOW") == "1"
@@ -346,6 +348,8 @@ def test_on_what_the_last_bits_depend(tmp_path, backend, executor, rung):
         found = Checkpoints(tmp_path / "m", None, "raise").whereabouts(be, executor)
         assert (found["rung"], found["executor"], found["numpy"]) == (rung, executor, np.__version__)
         assert found.get("cupy") == (None if backend == "numpy" else cp.__version__)
+        assert ("threads" in found) == ("blas" in found) == (backend == "numpy")
+        assert found.get("numba_threads") == (be.ops.threads() if be.fast else None)
 
 
 def test_a_digest_is_of_dtype_shape_and_elements():
@@ -811,6 +815,9 @@ def forge(path, part, change):
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
+DEEP = functools.reduce(lambda inner, _: [inner], range(60), {})
+
+
 @pytest.mark.parametrize(
     ("part", "change"),
     [
@@ -824,7 +831,11 @@ def forge(path, part, change):
         ("clock", {"seconds": [1, 2, 3]}), ("clock", {"elapsed": "1"}), ("clock", {"seconds": [-1]}),
         ("where", []), ("where", {"executor": 1}), ("sha256", []), ("run", {"seed": 1}), ("run", {"frozen": 2}),
         ("run", {"samples": 0}), ("run", {"batch_size": 51}), ("run", {"retreats": 1}), ("run", {"validation": {}}),
-        ("run", {"parameter_tolerance": 0}), ("run", []), ("config", []),
+        ("run", {"parameter_tolerance": 0}), ("run", []), ("config", []), ("progress", {"lr": 10**400}),
+        ("progress", {"gradient_error": 10**400}), ("progress", {"first_cost": 10**400}),
+        ("progress", {"lr_epochs": 0}), ("progress", {"lr_epochs": 5}),
+        ("clock", {"elapsed": 10**400}), ("clock", {"under_way": 10**400}),
+        ("run", {"optimizer": DEEP}), ("where", {"more": DEEP}), ("progress", {"retreats": [DEEP]}),
     ],
 )  # fmt: skip
 def test_a_forged_run_is_refused(tmp_path, part, change):
@@ -1080,3 +1091,295 @@ def test_cut_at_any_line_the_file_is_whole(tmp_path, kind):
             (tmp_path / "m").unlink()
             line += 1 if SLOW else (7 if kind == "patience" else 97)
         assert line > 200
+
+
+# ------------------------------------------------------------------------------- what is written can be read again
+
+
+@pytest.mark.filterwarnings("ignore:training diverged")
+@pytest.mark.parametrize("patience", [None, 9])
+def test_retreats_of_a_run_that_is_validated(backend, tmp_path, patience):
+    """Without patience no epoch is the best, nor are its parameters kept."""
+    settings = {"validation": 0.3, "patience": patience, "batch_size": 10, "backend": backend.name, **SCHEDULE}
+    net, history = train(tmp_path / "m", schedule=Halved(1), retreats=2, **settings)
+    assert history.retreats == [8]
+    assert history.best_epoch == (patience and 1 + int(np.argmin(history.validation_cost)))
+    np.testing.assert_array_equal(checkpoint.read(tmp_path / "m", "numpy").net.theta, to_host(net.theta))
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["", "watched"])
+@pytest.mark.parametrize("at", [2, 3, 4])
+def test_after_a_divergence_the_file_can_be_read_and_no_callback_saw_that_step(backend, tmp_path, watched, at):
+    odd, seen = X.copy(), []
+    order, ends = epoch_plan("shuffled", 50, 14, 0, 1)
+    odd[order[ends[at - 1]]] = 1e30
+
+    class Watch:
+        each_step = watched
+
+        def on_step(self, run):
+            seen.append(run.step)
+
+    with pytest.raises(bp.DivergenceError) as e:
+        train(tmp_path / "m", data=(odd, X[:, :3]), callbacks=[Watch()], backend=backend.name, **SCHEDULE)
+    assert e.value.step == at
+    run = checkpoint.read(tmp_path / "m", "numpy").run
+    assert run.step == at - 1 >= run.put_off
+    assert not watched or seen == list(range(1, at))
+
+
+def test_steps_that_were_put_off_are_counted_on(tmp_path):
+    """As far as a graph has taken them one by one, it goes on to do so where there are many."""
+    odd = X.copy()
+    order, ends = epoch_plan("shuffled", 50, 14, 0, 1)
+    odd[order[[ends[1], ends[3]]]] *= 1e7
+    with fake_cupy.installed():
+        found = []
+        for first in (3, 4):
+            cut(tmp_path / str(first), first, data=(odd, T), backend="cupy")
+        found.append(checkpoint.read(tmp_path / "3", "numpy").run.put_off)
+        with pytest.raises(Cut):
+            train(tmp_path / "3", data=(odd, T), backend="cupy", resume=True, callbacks=[CutAfter(4)])
+        found += [checkpoint.read(tmp_path / name, "numpy").run.put_off for name in "34"]
+    assert found == [1, 2, 2]
+
+
+@pytest.mark.parametrize("truth", [np.True_, 1, "yes"])
+def test_a_run_may_be_stopped_by_any_truth(tmp_path, truth):
+    class Stop:
+        def on_step(self, run):
+            if run.step == 2:
+                run.stop = truth
+            if run.step == 3:
+                raise Cut
+
+    with pytest.raises(Cut):
+        train(tmp_path / "m", callbacks=[Stop()])
+    assert checkpoint.read(tmp_path / "m", "numpy").run.stop is True
+    assert train(tmp_path / "m", resume=True)[1].stopped == "callback"
+
+
+def test_what_a_run_would_go_back_to_is_whole_or_that_of_before(tmp_path, monkeypatch):
+    plain = loop.Loop._keep_start
+
+    def without_memory(self):
+        class Bad:
+            def copy(self):
+                raise MemoryError("no copy")
+
+        slots = self.executor.slots
+        if self._closed:
+            self.executor.slots = slots[0], Bad()
+        try:
+            plain(self)
+        finally:
+            self.executor.slots = slots
+
+    settings = {"retreats": 1, "optimizer": bp.Adam(0.05)}
+    train(tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "_keep_start", without_memory)
+        with pytest.raises(MemoryError, match="no copy"):
+            train(tmp_path / "m", **settings)
+    train(tmp_path / "m", resume=True, **settings)
+    assert contents(tmp_path / "m") == contents(tmp_path / "whole")
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    def meddle(run):
+        if run.epoch == 3:
+            run.history.train_cost[0] = None
+
+    with pytest.raises(bp.CheckpointError, match="could not be read again: the run's history lacks a column") as e:
+        train(tmp_path / "m", callbacks=[meddle], checkpoint_every="1 epoch")
+    assert e.value.__notes__ == [f"{tmp_path / 'm'} holds the run after step 8"]
+    assert checkpoint.read(tmp_path / "m", "numpy").run.step == 8
+
+
+def test_more_epochs_than_a_file_may_tell(tmp_path):
+    with pytest.raises(bp.ConfigError, match="epochs is 1152921504606846976"):
+        train(tmp_path / "m", epochs=2**60)
+
+
+def test_memory_that_is_missing_while_a_checkpoint_is_made_is_like_a_full_disk(tmp_path, monkeypatch):
+    plain, failed = loop.Loop.state, []
+
+    def sometimes(self):
+        if self.run.step == 6:
+            failed.append(True)
+            raise MemoryError
+        return plain(self)
+
+    monkeypatch.setattr(loop.Loop, "state", sometimes)
+    with pytest.warns(UserWarning, match=r"no checkpoint: .*m is not written: out of memory; the run goes on"):
+        train(tmp_path / "m", checkpoint_every="3 steps", on_checkpoint_error="warn")
+    assert failed
+    with pytest.raises(bp.CheckpointError, match="is not written: out of memory"):
+        train(tmp_path / "m", checkpoint_every="3 steps")
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before a new step", "after some"])
+def test_a_run_that_is_given_more_epochs_and_cut_again(tmp_path, before):
+    """The file's learning rate is one of the shorter run."""
+    settings = {"schedule": "cosine", "batch_size": "full"}
+    for name in ("straight", "m"):
+        cut(tmp_path / name, 2, **settings)
+    train(tmp_path / "straight", resume=True, **{**settings, "epochs": 7})
+
+    class Late:
+        def __call__(self, run):
+            if run.epoch == (2 if before else 4):
+                raise Cut
+
+    with pytest.raises(Cut):
+        train(tmp_path / "m", resume=True, callbacks=[Late()], checkpoint_every="1 epoch", **{**settings, "epochs": 7})
+    train(tmp_path / "m", resume=True, **{**settings, "epochs": 7})
+    assert contents(tmp_path / "m") == contents(tmp_path / "straight")
+    with pytest.raises(bp.ConfigError, match="epochs is 6, not 7"):
+        train(tmp_path / "m", resume=True, **{**settings, "epochs": 6})
+
+
+# ------------------------------------------------------------------------------------- who raised it, and what is told
+
+
+@pytest.mark.parametrize("error", [bp.CheckpointError("mine", "oh"), bp.DivergenceError(1, 2, 0.1, None)], ids=repr)
+@pytest.mark.parametrize("every_step", [True, False])
+def test_errors_of_callbacks_are_never_taken_for_those_of_the_run(tmp_path, error, every_step):
+    class Fails:
+        def on_step(self, run):
+            if every_step and run.step == 7:
+                raise error
+
+        def __call__(self, run):
+            if run.epoch == 2:
+                raise error
+
+    cut(tmp_path / "m", 5)
+    with pytest.raises(type(error)) as e:
+        train(tmp_path / "m", resume=True, callbacks=[Fails()], retreats=0)
+    assert e.value is error
+    step = 7 if every_step else 8
+    assert error.__notes__[-1] == f"{tmp_path / 'm'} holds the run after step {step}"
+    assert checkpoint.read(tmp_path / "m", "numpy").run.step == step
+    del error.__notes__
+    with pytest.raises(type(error)):
+        train(tmp_path / "n", callbacks=[Fails()], retreats=3)
+    assert checkpoint.read(tmp_path / "n", "numpy").run.retreats == []
+    del error.__notes__
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_where_an_error_ends_it_the_network_is_at_the_step_that_is_told(tmp_path, saved):
+    """Also where a graph has put off a step that is out of the ordinary, and nobody has waited for it."""
+    odd, thetas = X.copy(), []
+    order, ends = epoch_plan("shuffled", 50, 8, 0, 1)
+    odd[order[ends[1]]] *= 1e7
+
+    class Look:
+        def on_step(self, run):
+            thetas.append(to_host(run.net.theta).copy())
+
+    class Fails:
+        each_step = False
+
+        def on_step(self, run):
+            if run.step >= 3:
+                raise KeyError(run.step)
+
+    with fake_cupy.installed():
+        train(tmp_path / "whole", data=(odd, T), backend="cupy", batch_size=8, callbacks=[Look()], epochs=1)
+        net = bp.Network([4, 6, 3], seed=3, backend="cupy")
+        with pytest.raises(KeyError) as e:
+            bp.train(
+                net, odd, T, optimizer="adam", epochs=1, batch_size=8, callbacks=[Fails()],
+                save=tmp_path / "m" if saved else None,
+            )  # fmt: skip
+        np.testing.assert_array_equal(to_host(net.theta), thetas[e.value.args[0] - 1])
+    assert f"after step {e.value.args[0]}; the network is at that whole step" in e.value.__notes__[0]
+
+
+@pytest.mark.parametrize("every", [None, "3 steps"])
+def test_a_callbacks_error_and_a_divergence_that_nobody_has_waited_for(tmp_path, every):
+    """A file from before the divergence is better than one of the step before it."""
+    odd = X.copy()
+    order, ends = epoch_plan("shuffled", 50, 8, 0, 1)
+    odd[order[ends[4]]] = 1e30
+
+    class Fails:
+        each_step = False
+
+        def on_step(self, run):
+            if run.step > 5:
+                raise KeyError("mine")
+
+    with fake_cupy.installed(), pytest.raises(KeyError) as e:
+        train(
+            tmp_path / "m", data=(odd, X[:, :3]), callbacks=[Fails()], backend="cupy", batch_size=8,
+            checkpoint_every=every, **SCHEDULE,
+        )  # fmt: skip
+    step = 3 if every else 4
+    assert "training diverged in epoch 1, step 5" in e.value.__notes__[-2]
+    assert e.value.__notes__[-1] == f"{tmp_path / 'm'} holds the run after step {step}"
+    assert checkpoint.read(tmp_path / "m", "numpy").run.step == step
+
+
+def test_nothing_is_said_of_a_file_that_is_not_there_any_more(tmp_path):
+    """It is written again, and where that cannot be, nobody is told that it is there."""
+
+    class Removes:
+        def __init__(self, content=None):
+            self.content = content
+
+        def on_step(self, run):
+            if run.step == 5:
+                (tmp_path / "m").unlink()
+                if self.content:
+                    (tmp_path / "m").write_bytes(self.content)
+                raise KeyError("oh")
+
+    with pytest.raises(KeyError) as e:
+        train(tmp_path / "m", checkpoint_every="1 step", callbacks=[Removes()])
+    assert e.value.__notes__[-1] == f"{tmp_path / 'm'} holds the run after step 5"
+    assert checkpoint.read(tmp_path / "m", "numpy").run.step == 5
+    (tmp_path / "m").unlink()
+    with pytest.raises(KeyError) as e:
+        train(tmp_path / "m", checkpoint_every="1 step", callbacks=[Removes(b"precious")])
+    assert "the run could not be saved: " in e.value.__notes__[-1]
+    assert (tmp_path / "m").read_bytes() == b"precious"
+
+
+def test_a_second_signal_only_while_saving_saves_nothing_else(tmp_path, monkeypatch):
+    cut(tmp_path / "m", 2)
+    before, plain, times = (tmp_path / "m").read_bytes(), os.replace, []
+
+    def twice(*args):
+        times.append(1)
+        if len(times) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        plain(*args)
+
+    monkeypatch.setattr(os, "replace", twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "m", resume=True, checkpoint_every="3 steps")
+    assert (tmp_path / "m").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("error:training diverged")
+def test_a_warning_of_a_retreat_that_is_an_error_finds_the_run_at_a_whole_step(backend, tmp_path):
+    """Nothing is left of the step that diverged."""
+    where = {"backend": backend.name, **SCHEDULE}
+    train(tmp_path / "whole", epochs=1, **where)
+    with pytest.raises(UserWarning, match="training diverged"):
+        train(tmp_path / "m", schedule=Halved(1), retreats=3, **where)
+    found = checkpoint.read(tmp_path / "m", "numpy")
+    assert (found.run.step, found.run.retreats) == (4, [8])
+    np.testing.assert_array_equal(found.net.theta, checkpoint.read(tmp_path / "whole", "numpy").net.theta)
+
+
+@pytest.mark.parametrize("path", [3, None, b"m"])
+def test_what_is_no_path_is_no_file(path):
+    for call in (lambda: bp.load(path, "numpy"), lambda: bp.save(bp.Network([2, 2], backend="numpy"), path)):
+        with pytest.raises(bp.CheckpointError) as e:
+            call()
+        assert len(str(e.value).splitlines()) == 2
