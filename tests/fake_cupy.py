@@ -530,7 +530,7 @@ class Device:
         return self
 
     def __exit__(self, *args):
-        pass
+        _require_cuda()
 
     def use(self):
         return self

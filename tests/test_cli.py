@@ -475,9 +475,13 @@ def start(*args, **kwargs):
     )
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+SIGNALS = pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hung up")],
 )
+
+
+@SIGNALS
 def test_signals_save_the_last_whole_step(tmp_path, number, code, word):
     # Wide enough that it would take minutes; the signal comes once training is well under way.
     kept = "--save", tmp_path / "m", "--checkpoint-every", "100 steps"
@@ -494,9 +498,7 @@ def test_signals_save_the_last_whole_step(tmp_path, number, code, word):
     assert bp.evaluate(bp.load(tmp_path / "m", "numpy"), *bp.datasets.load("mnist")[1]).accuracy > 0.5
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-)
+@SIGNALS
 def test_signals_outside_training(number, code, word):
     script = f"""
 import os, signal, sys
@@ -505,6 +507,123 @@ datasets.load = lambda data: os.kill(os.getpid(), {int(number)})
 cli.main(["train"])
 """
     assert run(code=code, command=[sys.executable, "-c", script]).stderr == f"backprop-gpu: {word}\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_while_the_program_starts(number, code):
+    """While what it is made of is imported, which takes a good part of a second."""
+    script = f"""
+import os, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "numpy":
+            os.kill(os.getpid(), {int(number)})
+sys.meta_path.insert(0, Finder)
+from backprop_gpu.__main__ import main
+main()
+"""
+    done = run("train", code=code, command=[sys.executable, "-c", script])
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("where", ["_fail", "report.tell"])
+def test_a_signal_while_the_end_is_told(where):
+    script = f"""
+import os, signal, sys
+from backprop_gpu import cli, report
+plain = cli.{where}
+def told(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+    return plain(*args)
+cli.{where} = told
+from backprop_gpu.__main__ import main
+main()
+"""
+    done = run("evaluate", "nothing", code=130, command=[sys.executable, "-c", script])
+    assert done.stdout == ""
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path, folder):
+    """As nohup and shells do for what runs in the background."""
+    script = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+from backprop_gpu import report
+report.ProgressBar.on_step = lambda self, run: [os.kill(os.getpid(), n) for n in (signal.SIGINT, signal.SIGHUP)]
+from backprop_gpu.__main__ import main
+main()
+"""
+    command = [sys.executable, "-c", script]
+    done = run("train", "--data", folder, "--layers", "4,3", "--epochs", 2, "--json", command=command)
+    assert last_json(done)["epochs"] == 2
+
+
+def test_a_terminal_that_goes_away_stops_and_saves(tmp_path):
+    """Its kernel sends SIGHUP then; and nobody hears what the program has to say."""
+    command = [*COMMAND, "train", "--layers", "784,64,10", "--epochs", "1000", "--save", str(tmp_path / "m")]
+    process, terminal = pty.fork()
+    if not process:
+        os.execv(command[0], [*command, "--checkpoint-every", "100 steps"])
+    while not (tmp_path / "m").exists():
+        assert os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 129
+    assert report.model(tmp_path / "m")["run"]["step"] > 0
+
+
+def test_the_model_that_a_run_begins_with_is_not_written_over(tmp_path, folder):
+    args = "train", "--data", folder, "--layers", "4,3", "--epochs", 1
+    run(*args, "--save", tmp_path / "m")
+    before = (tmp_path / "m").read_bytes()
+    (tmp_path / "link").symlink_to("m")
+    refused(
+        *args,
+        "--pretrained",
+        tmp_path / "m",
+        "--save",
+        tmp_path / "link",
+        code=2,
+        cause="would replace the model of --pre",
+    )
+    assert (tmp_path / "m").read_bytes() == before
+
+
+def test_an_epoch_that_is_closed_after_a_resume_is_told_as_done(tmp_path, folder):
+    """The steps of the last epoch were all taken, and in the file, when the process was killed."""
+    script = """
+import os, signal, sys
+from backprop_gpu import loop
+plain = loop.Loop._close
+def close(self, *args):
+    if self.run.epoch == self.run.epochs and "--resume" not in sys.argv:
+        os.kill(os.getpid(), signal.SIGKILL)
+    plain(self, *args)
+loop.Loop._close = close
+from backprop_gpu.__main__ import main
+main()
+"""
+    args = "train", "--data", folder, "--layers", "4,3", "--epochs", 2, "--batch-size", 1, "--save", tmp_path / "m"
+    command = [sys.executable, "-c", script]
+    run(*args, "--checkpoint-every", "1 step", command=command, code=-signal.SIGKILL)
+    step = report.model(tmp_path / "m")["run"]["step"]
+    done = run(*args, "--checkpoint-every", "1 step", "--resume", command=command)
+    assert done.stderr == f"the run in {tmp_path / 'm'} went on after step {step}\nsaved to {tmp_path / 'm'}\n"
+    assert "is over since" in run(*args, "--resume").stderr
+
+
+def test_doctor_tells_of_the_machine_where_the_backend_that_is_asked_for_cannot_be():
+    done = run("doctor", "--json", code=1, env={"BACKPROP_GPU_BACKEND": "cupy", "CUDA_VISIBLE_DEVICES": ""})
+    cause, cure = done.stderr.splitlines()
+    found = last_json(done)
+    assert cause == f"backprop-gpu: error: {found['reason']}"
+    assert cure.startswith("backprop-gpu: try: ")
+
+
+def test_whoever_names_a_file_does_not_drive_the_terminal(tmp_path, folder):
+    name = tmp_path / "a\x1b[2J\nb"
+    done = run("train", "--data", folder, "--layers", "4,3", "--epochs", 1, "--save", name)
+    assert done.stderr == f"saved to {tmp_path}/a\\x1b[2J\\nb\n"
 
 
 def test_a_second_ctrl_c_saves_nothing_torn(tmp_path):
