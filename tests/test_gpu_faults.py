@@ -1,6 +1,7 @@
 """What a GPU can do to a run in the middle of it: memory that is not there, and a context that is lost."""
 
 import copy
+import itertools
 import subprocess
 import sys
 import warnings
@@ -236,6 +237,84 @@ def test_how_many_calls_follow_a_loss(monkeypatch):
         with pytest.raises(bp.BackendError, match="lost"):
             bp.train(net, X, T, epochs=1, batch_size=25)
         assert fake_cupy.Counts.after_loss - before <= 1
+
+
+KINDS_OF_RUNS = {
+    "plain": {"validation": (X, T)},
+    "norms": {"gradient_norms": True, "gradient_error": True, "clip_norm": 1.0},
+    "retreats": {"validation": (X, T), "retreats": 2, "patience": 2, "parameter_tolerance": 0.0},
+}
+
+
+@pytest.mark.filterwarnings("ignore:the data.*streamed")
+@pytest.mark.parametrize("kind", KINDS_OF_RUNS)
+@pytest.mark.parametrize("streamed", [False, True], ids=["", "streamed"])
+@pytest.mark.parametrize("rung", ["graph", "eager"])
+def test_wherever_a_context_is_lost_it_is_told_at_once(monkeypatch, tmp_path, rung, streamed, kind):
+    """In a step, a recording, an evaluation: one call more at most, no warning, and a file that goes on."""
+    monkeypatch.setenv("BACKPROP_GPU_EXECUTOR", rung)
+    if streamed:
+        monkeypatch.setenv("BACKPROP_GPU_DATA_LIMIT", "700")
+    settings = {"epochs": 3, "batch_size": 13, "checkpoint_every": "2 steps", **KINDS_OF_RUNS[kind]}
+    lost = []
+    for at in itertools.count(1, 4 if rung == "graph" else 11):
+        monkeypatch.setattr(gpu_faults, "_lost", "")
+        with fake_cupy.installed():
+            net, before = network(), fake_cupy.Counts.after_loss
+            fake_cupy.Mode.late = ("copies", "kernels")[at % 2]
+            fake_cupy.fail_launch(at)
+            try:
+                bp.train(net, X, T, save=tmp_path / str(at), **settings)
+                break
+            except bp.BackendError as e:
+                lost.append((at, e.cause.partition(": ")[0], fake_cupy.Counts.after_loss - before))
+    assert len(lost) > 5
+    assert {(cause, calls <= 1) for _, cause, calls in lost} == {("the context of the GPU is lost", True)}
+    monkeypatch.setattr(gpu_faults, "_lost", "")
+    path = tmp_path / str(lost[len(lost) // 2][0])
+    with fake_cupy.installed():
+        again = network()
+        bp.train(again, X, T, save=path, resume=True, **settings)
+        np.testing.assert_array_equal(to_host(again.theta), to_host(net.theta))
+
+
+def test_data_on_a_gpu_that_is_full_or_lost(tmp_path):
+    with fake_cupy.installed() as cp:
+        net, pool = network(), cp.get_default_memory_pool()
+        there, as_bytes = (cp.asarray(X.astype(np.float64)), cp.asarray(T)), cp.asarray(X)
+        calls = (
+            lambda: net.predict(there[0]), lambda: net.gradients(*there), lambda: bp.evaluate(net, *there),
+            lambda: bp.train(net, *there), lambda: bp.train(net, as_bytes, there[1], validation=0.3),
+        )  # fmt: skip
+        pool.free_all_blocks()
+        for call in calls:
+            pool.set_limit(size=pool.used_bytes() + 1500)
+            with pytest.raises(bp.BackendError, match="out of GPU memory"):
+                call()
+            pool.set_limit(size=0)
+        fake_cupy.fail_launch(1)
+        with pytest.raises(bp.BackendError, match="is lost"):
+            bp.train(net, X, T)
+        before = fake_cupy.Counts.after_loss
+        for call in calls:
+            with pytest.raises(bp.BackendError, match="is lost"):
+                call()
+        assert fake_cupy.Counts.after_loss == before
+
+
+def test_what_a_callback_did_is_told_with_it(monkeypatch):
+    """On a GPU as an error of the GPU; of a network on the CPU it is nobody else's business."""
+    with fake_cupy.installed() as cp:
+
+        def greedy(run):
+            raise cp.cuda.memory.OutOfMemoryError(10, 20, 30)
+
+        with pytest.raises(bp.BackendError, match="out of GPU memory") as e:
+            bp.train(network(), X, T, epochs=1, callbacks=[greedy])
+        assert "raised by the callback" in e.value.__notes__[0]
+        with pytest.raises(cp.cuda.memory.OutOfMemoryError) as e:
+            bp.train(bp.Network([20, 16, 5], backend="numpy"), X, T, epochs=1, callbacks=[greedy])
+        assert "raised by the callback" in e.value.__notes__[0]
 
 
 def test_an_error_that_is_not_sticky_is_told_and_forgotten(monkeypatch):
