@@ -543,6 +543,24 @@ main()
     assert done.stdout == ""
 
 
+def test_a_signal_in_the_end_of_a_run_that_fails_hides_nothing(folder):
+    script = """
+import os, signal
+from backprop_gpu import loop
+plain = loop.Loop._stop_at_whole_step
+def stop(self, e):
+    os.kill(os.getpid(), signal.SIGTERM)
+    plain(self, e)
+loop.Loop._stop_at_whole_step = stop
+from backprop_gpu.__main__ import main
+main()
+"""
+    args = "train", "--data", folder, "--layers", "4,3", "--output", "identity", "--optimizer", "sgd:lr=1e30"
+    lines = run(*args, "--cost", "squared_error", code=143, command=[sys.executable, "-c", script]).stderr.splitlines()
+    assert lines[0].startswith("backprop-gpu: training diverged in epoch ")
+    assert lines[1].startswith("backprop-gpu: terminated ")
+
+
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path, folder):
     """As nohup and shells do for what runs in the background."""
     script = """

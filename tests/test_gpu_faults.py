@@ -251,7 +251,7 @@ KINDS_OF_RUNS = {
 @pytest.mark.parametrize("streamed", [False, True], ids=["", "streamed"])
 @pytest.mark.parametrize("rung", ["graph", "eager"])
 def test_wherever_a_context_is_lost_it_is_told_at_once(monkeypatch, tmp_path, rung, streamed, kind):
-    """In a step, a recording, an evaluation: one call more at most, no warning, and a file that goes on."""
+    """In a step, a recording, an evaluation: no call follows, and no warning; the file goes on."""
     monkeypatch.setenv("BACKPROP_GPU_EXECUTOR", rung)
     if streamed:
         monkeypatch.setenv("BACKPROP_GPU_DATA_LIMIT", "700")
@@ -269,7 +269,8 @@ def test_wherever_a_context_is_lost_it_is_told_at_once(monkeypatch, tmp_path, ru
             except bp.BackendError as e:
                 lost.append((at, e.cause.partition(": ")[0], fake_cupy.Counts.after_loss - before))
     assert len(lost) > 5
-    assert {(cause, calls <= 1) for _, cause, calls in lost} == {("the context of the GPU is lost", True)}
+    assert {cause for _, cause, _ in lost} == {"the context of the GPU is lost"}
+    assert max(calls for *_, calls in lost) <= (rung == "graph")  # a capture is ended
     monkeypatch.setattr(gpu_faults, "_lost", "")
     path = tmp_path / str(lost[len(lost) // 2][0])
     with fake_cupy.installed():

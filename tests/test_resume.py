@@ -21,7 +21,7 @@ from safetensors.numpy import load as load_tensors
 
 import backprop_gpu as bp
 from backprop_gpu import backend as backends
-from backprop_gpu import checkpoint, files, loop, report
+from backprop_gpu import checkpoint, executors, files, loop, report
 from backprop_gpu.backend import to_host
 from backprop_gpu.batches import epoch_plan
 from backprop_gpu.resume import Checkpoints, Interval, digest
@@ -204,6 +204,12 @@ def test_time_that_is_over_stays_over(tmp_path, monkeypatch):
     assert (history.stopped, history.steps) == ("time", [3])
     again = train(tmp_path / "n", time_limit=1e5, resume=True)[1]
     assert remembered(again) == remembered(history)
+    monkeypatch.undo()
+    cut(tmp_path / "o", 4, time_limit=1e5)  # all steps of the epoch are taken, and it is not closed
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "go_on_from", later)
+        _, history = train(tmp_path / "o", time_limit=1e5, resume=True)
+    assert (history.stopped, history.steps) == ("time", [4])
 
 
 @pytest.mark.parametrize("content", [None, b""], ids=["none", "empty"])
@@ -1128,8 +1134,8 @@ def test_after_a_divergence_the_file_can_be_read_and_no_callback_saw_that_step(b
     assert not watched or seen == list(range(1, at))
 
 
-def test_steps_that_were_put_off_are_counted_on(tmp_path):
-    """As far as a graph has taken them one by one, it goes on to do so where there are many."""
+def test_steps_that_were_put_off_are_counted_on(tmp_path, monkeypatch):
+    """Where there are many, the rest of the epoch is taken one by one."""
     odd = X.copy()
     order, ends = epoch_plan("shuffled", 50, 14, 0, 1)
     odd[order[[ends[1], ends[3]]]] *= 1e7
@@ -1141,7 +1147,15 @@ def test_steps_that_were_put_off_are_counted_on(tmp_path):
         with pytest.raises(Cut):
             train(tmp_path / "3", data=(odd, T), backend="cupy", resume=True, callbacks=[CutAfter(4)])
         found += [checkpoint.read(tmp_path / name, "numpy").run.put_off for name in "34"]
+        launches = []
+        for many in (2, 1):
+            monkeypatch.setattr(executors, "MANY", many)
+            cut(tmp_path / str(many), 2, data=(odd, T), backend="cupy", epochs=1)
+            before = fake_cupy.Counts.graph_launches
+            train(tmp_path / str(many), data=(odd, T), backend="cupy", epochs=1, resume=True)
+            launches.append(fake_cupy.Counts.graph_launches - before)
     assert found == [1, 2, 2]
+    assert launches[1] == 0 < launches[0]
 
 
 @pytest.mark.parametrize("truth", [np.True_, 1, "yes"])
@@ -1348,6 +1362,21 @@ def test_nothing_is_said_of_a_file_that_is_not_there_any_more(tmp_path):
     assert (tmp_path / "m").read_bytes() == b"precious"
 
 
+def test_a_file_that_goes_before_a_signal_at_the_same_step_is_written_again(tmp_path, monkeypatch):
+    plain = Checkpoints.write
+
+    def gone(self, *args):
+        plain(self, *args)
+        if not args[-1]:
+            (tmp_path / "m").unlink()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Checkpoints, "write", gone)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "m", checkpoint_every="6 steps")
+    assert checkpoint.read(tmp_path / "m", "numpy").run.step == 6
+
+
 def test_a_second_signal_only_while_saving_saves_nothing_else(tmp_path, monkeypatch):
     cut(tmp_path / "m", 2)
     before, plain, times = (tmp_path / "m").read_bytes(), os.replace, []
@@ -1376,10 +1405,9 @@ def test_a_warning_of_a_retreat_that_is_an_error_finds_the_run_at_a_whole_step(b
     assert (found.run.step, found.run.retreats) == (4, [8])
     np.testing.assert_array_equal(found.net.theta, checkpoint.read(tmp_path / "whole", "numpy").net.theta)
     net = bp.Network([4, 6, 3], output="identity", seed=3, backend=backend.name)
-    odd, before = X.copy(), to_host(net.theta).copy()
-    odd[9] = 1e30
-    with pytest.raises(UserWarning, match="training diverged"):
-        bp.train(net, odd, X[:, :3], "squared_error", bp.SGD(0.1), batch_size=14, retreats=3)
+    before = to_host(net.theta).copy()
+    with pytest.raises(UserWarning, match=r"training diverged in epoch 1, step [2-9]"):
+        bp.train(net, X * 1e3, X[:, :3], "squared_error", bp.SGD(0.1), batch_size=7, retreats=3)
     np.testing.assert_array_equal(to_host(net.theta), before)
 
 
