@@ -592,6 +592,12 @@ def test_a_retreat_goes_back_to_the_start_of_the_epoch_with_half_the_rate(backen
     assert history.steps == [4, 8, 12]
 
 
+def test_what_an_epoch_has_to_cost_less_than(tmp_path):
+    """To be gone back to: than the first step, by the mean of its samples."""
+    _, history = train(tmp_path / "m", retreats=1, batch_size="full")
+    assert checkpoint.read(tmp_path / "m", "numpy").run.first_cost == history.train_cost[0]
+
+
 def test_retreats_come_to_an_end(tmp_path):
     with pytest.warns(UserWarning, match=r"\d of 2 times") as told, pytest.raises(bp.DivergenceError) as e:
         train(tmp_path / "m", schedule=burst, retreats=2, **SCHEDULE)

@@ -48,6 +48,7 @@ def test_the_norm_of_the_whole_gradient_ends_it(backend, line, batch_size):
         net, *line, optimizer=bp.SGD(0.05), epochs=500, batch_size=batch_size, gradient_tolerance=0.02, l2=0.01
     )
     assert history.stopped == "gradient"
+    assert set(history.gradient_norms) == {None}  # nobody has asked for them
     assert norms(net, *line, l2=0.01)[1] <= 0.02
     shorter = linear(backend.name)
     bp.train(shorter, *line, optimizer=bp.SGD(0.05), epochs=len(history) - 1, batch_size=batch_size, l2=0.01)
