@@ -92,6 +92,7 @@ KINDS = {
     "patience": {"validation": 0.3, "patience": 1, "optimizer": bp.Adam(0.5), "epochs": 6},
     "patience kept": {"validation": 0.3, "patience": 5},
     "plateau": {"schedule": "plateau:patience=0,threshold=0.9", "validation": (X[:9], T[:9])},
+    "plateau of the training": {"schedule": "plateau:patience=0,threshold=0.9"},
     "tolerances": {"parameter_tolerance": 1e-9, "gradient_tolerance": 1e-9, "gradient_norms": True},
     "frozen": {"frozen": 1, "gradient_error": True},
     "regression": {"network": {"output": "identity"}, "data": (X, X[:, :3]), "gradient_norms": True},

@@ -353,3 +353,12 @@ def test_a_schedule_that_heeds_costs_sees_those_of_validation_where_there_are_so
     history = bp.train(linear(), *line, epochs=3, schedule=Watching(), validation=validation)
     costs = history.train_cost if validation is None else history.validation_cost
     assert seen == [costs[:0], costs[:1], costs[:2]]
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0, 1e-30, 1e12])
+def test_norms_of_gradients_with_zeros_and_of_any_size(backend, line, size):
+    X, T = line
+    X = np.column_stack([X[:, :2], np.zeros(len(X))])
+    net = linear(backend.name)
+    history = bp.train(net, X, T * size, optimizer=bp.SGD(1e-3), epochs=1, gradient_norms=True)
+    np.testing.assert_allclose(history.gradient_norms[0], norms(net, X, T * size)[0], rtol=1e-12)
