@@ -1,21 +1,32 @@
-"""`python -m backprop_gpu` is `backprop-gpu`, and starts it: without a word where it is stopped on the way."""
+"""`python -m backprop_gpu` is `backprop-gpu`. A signal on the way there, or after all, ends it without a word."""
 
 import os
 import signal
+from types import FrameType
+
+from .interrupts import STOPPING
 
 
 def main() -> None:
     """Run the command line on the program's arguments, and exit."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(number, lambda which, frame: os._exit(128 + which))  # until the command line knows better
+    _leave_at_once()
     from .cli import main as command_line
 
     try:
         command_line()
-    finally:  # all is said and done
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+    finally:
+        _leave_at_once()
+
+
+def _leave_at_once() -> None:
+    """What the signals do, but those that are ignored, as in the background of a script."""
+    for number in STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
-from .network import Network
 
-# A terminal that goes away hangs up; Windows has no such signal.
-STOPPING = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+if TYPE_CHECKING:  # signals are looked after before anything is imported that takes time
+    from .network import Network
+
+HANGUP: int | None = getattr(signal, "SIGHUP", None)  # of a terminal that goes away; Windows has no such signal
+STOPPING: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, *([] if HANGUP is None else [HANGUP]))
 _in_training: set[int] = set()
 _in_training_lock = threading.Lock()
 
@@ -35,7 +37,8 @@ def alone(net: Network) -> Iterator[None]:
 class WholeSteps:
     """Holds back Ctrl-C, and SIGTERM and SIGHUP where the program handles them, until `deliver` between two steps.
 
-    A second signal is not held back. Outside the main thread, where Python delivers no signals, it does nothing.
+    A second signal is not held back, unless it is SIGHUP: of a terminal that goes away one comes from the shell and one
+    from the kernel. Outside the main thread, where Python delivers no signals, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -53,9 +56,16 @@ class WholeSteps:
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
         if self._waiting is not None:
+            if number == HANGUP:
+                return
             self._waiting = None
             self._handlers[number](number, frame)
         self._waiting = number
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a signal is held."""
+        return self._waiting is not None
 
     def deliver(self) -> None:
         """Let a held signal do what it would have done."""

@@ -84,7 +84,7 @@ class Loop:
         self._theta_at_first = digest(net.theta) if self.checkpoints else ""
         self._saving = False
         self._callback_failed = False  # what ends the run is not its own error then
-        self._went_on = 0, 0  # after which step, and for how many epochs the learning rate of that one was made
+        self._went_on = 0, 0, 0.0  # after which step, for how many epochs its learning rate was made, and that
         self._lrs: Sequence[float] = ()  # of the steps of the epoch under way
         self._tally: Tally | None = None
         self._next: tuple[np.ndarray, np.ndarray] | None = None
@@ -168,8 +168,10 @@ class Loop:
                 self._settle()  # nobody is shown a step that was not taken
             for hook in self.on_step:
                 self._call(hook)
-            if checkpoints is not None and checkpoints.due(run.step):
+            due = checkpoints is not None and checkpoints.due(run.step)
+            if due or self.whole_steps.waiting:
                 self._settle()
+            if due:
                 self._save()
             self.whole_steps.deliver()
             if self.ending.late():
@@ -193,7 +195,9 @@ class Loop:
             if diverged == 1:  # on a GPU the host hears of it here
                 run.net.criterion, run.net.task = self._before
             run.step, self._position = diverged - 1, (diverged - 1) % run.steps_per_epoch
+            step, _, lr = self._went_on
             run.lr = self._lrs[self._position - 1] if self._position else self._lr_of_last_epoch()
+            run.lr = lr if run.step == step else run.lr
             raise DivergenceError(run.epoch, diverged, self._lrs[self._position], self._cost_before())
 
     def _lr_of_last_epoch(self) -> float:
@@ -224,6 +228,7 @@ class Loop:
         self.ending.go_on(history.validation_cost, self._good.get("good.best"))
         self.executor.go_back()
         self._closed, run.step, self._position, self._under_way, self._next = n, n * run.steps_per_epoch, 0, 0.0, None
+        self._went_on = 0, 0, 0.0
         run.lr, run.whole = self._lr_of_last_epoch(), True
         warnings.warn(
             f"{e.cause}; back to the start of epoch {n + 1} with half the learning rate "
@@ -312,14 +317,15 @@ class Loop:
         }
         error = history.gradient_error
         under_way = time.perf_counter() - self._since if self._position else 0.0
-        step, epochs = self._went_on
+        step, epochs, _ = self._went_on
         return RunState(
             self.settings, run.epochs, n, self._position, run.step, run.lr,
             epochs if run.step == step else run.epochs, self._samples, history.stopped,
             history.best_epoch, error if error is None or math.isfinite(error) else None, list(history.retreats),
             self._good_epoch, self._first_cost,
             [to_host(slot) for slot in self.executor.slots], vectors, to_host(self.executor.measured)[: self._position],
-            columns, self._theta_at_first, bool(run.stop), self.executor.put_off if self._position else 0,
+            columns, self._theta_at_first, bool(run.stop),
+            (self._put_off or self.executor.put_off) if self._position else 0,
             self.checkpoints.whereabouts(run.net.backend, self.executor.told) if self.checkpoints else {},
             {"seconds": seconds, "under_way": under_way, "elapsed": time.perf_counter() - self._began},
         )  # fmt: skip
@@ -389,7 +395,7 @@ class Loop:
         self._theta_at_first, self._start = state.began, vectors.get("start")
         self._closed, self._position, self._samples = state.epoch, state.position, state.samples
         self._put_off, self._under_way = state.put_off, state.clock["under_way"]
-        self._went_on = state.step, state.lr_epochs
+        self._went_on = state.step, state.lr_epochs, state.lr
         run.epoch, run.step, run.lr, run.stop = state.epoch, state.step, state.lr, state.stop
         self._began -= state.clock["elapsed"]
         self.ending.start(state.clock["elapsed"])

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import blas, checkpoint
 from .activations import OUTPUT, Array
-from .backend import Backend, to_host
+from .backend import Backend, guarded, to_host
 from .checkpoint import MOST_WORDS, Checkpoint, RunState
 from .costs import MAKERS, Cost
 from .errors import CheckpointError, ConfigError
@@ -95,15 +95,20 @@ class Checkpoints:
                 step = f" of step {run.step}"
                 if run.stands == self.saved and self.kept() is not None:
                     return
-                checkpoint.write(net, self.path, run)
+                before = self._seen()
+                try:
+                    checkpoint.write(net, self.path, run)
+                finally:
+                    if (now := self._seen()) not in (None, before):  # also where its directory could not be flushed
+                        self.saved, self._known = run.stands, now
             except MemoryError:
                 raise CheckpointError(f"{self.name} is not written: out of memory", "free some memory") from None
+            except (TypeError, ValueError) as e:
+                raise CheckpointError(f"{self.name} is not written: {_shown(e)}", "leave the history as it is") from e
         except CheckpointError as e:
             if last or self.on_error == "raise":
                 raise
             warnings.warn(f"no checkpoint{step}: {e.cause}; the run goes on", stacklevel=2)
-        else:
-            self.saved, self._known = run.stands, self._seen()
 
     def kept(self) -> int | None:
         """After which step the run is in the file; None where there is none, or another's by now."""
@@ -231,7 +236,8 @@ def digests(samples: Samples) -> dict[str, str | None]:
 
 def digest(a: Array) -> str:
     """SHA-256 of an array: dtype, shape and elements."""
-    host = np.ascontiguousarray(to_host(a))
+    with guarded(a):
+        host = np.ascontiguousarray(to_host(a))
     found = hashlib.sha256(f"{host.dtype.str}{host.shape}".encode())
     found.update(host.data)
     return found.hexdigest()

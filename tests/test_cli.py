@@ -1,5 +1,6 @@
 """The command line, as a user meets it: in processes of its own."""
 
+import contextlib
 import json
 import os
 import pty
@@ -561,6 +562,17 @@ main()
     assert lines[1].startswith("backprop-gpu: terminated ")
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_after_all_is_done(number, code):
+    script = f"""
+import atexit, os
+atexit.register(os.kill, os.getpid(), {int(number)})
+from backprop_gpu.__main__ import main
+main()
+"""
+    assert run("--version", code=code, command=[sys.executable, "-c", script]).stderr == ""
+
+
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path, folder):
     """As nohup and shells do for what runs in the background."""
     script = """
@@ -578,7 +590,7 @@ main()
 
 
 def test_a_terminal_that_goes_away_stops_and_saves(tmp_path):
-    """Its kernel sends SIGHUP then; and nobody hears what the program has to say."""
+    """SIGHUP comes then, from the kernel and again from the shell; and nobody hears what the program has to say."""
     command = [*COMMAND, "train", "--layers", "784,64,10", "--epochs", "1000", "--save", str(tmp_path / "m")]
     process, terminal = pty.fork()
     if not process:
@@ -586,6 +598,10 @@ def test_a_terminal_that_goes_away_stops_and_saves(tmp_path):
     while not (tmp_path / "m").exists():
         assert os.read(terminal, 4096)
     os.close(terminal)
+    with contextlib.suppress(ProcessLookupError):
+        for _ in range(3):
+            os.kill(process, signal.SIGHUP)
+            time.sleep(2e-4)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 129
     assert report.model(tmp_path / "m")["run"]["step"] > 0
 

@@ -1260,6 +1260,34 @@ def test_a_run_that_is_given_more_epochs_and_cut_again(tmp_path, before):
         train(tmp_path / "m", resume=True, **{**settings, "epochs": 6})
 
 
+def test_more_epochs_a_retreat_and_the_same_step_again(tmp_path):
+    """The learning rate of a step is that of the run that took it last."""
+
+    class AfterARetreat(CutAfter):
+        def on_step(self, run):
+            if run.history.retreats:
+                super().on_step(run)
+
+    class Burst:
+        """Falling to 0 in the end, as long as nothing diverges in the eighth step."""
+
+        def __init__(self, times=0):
+            self.times = times
+
+        def __call__(self, step, total):
+            if step == 6 and self.times:
+                self.times -= 1
+                return 1e30
+            return 1 - step / total
+
+    settings = {**SCHEDULE, "retreats": 2}
+    cut(tmp_path / "m", 6, schedule=Burst(), **settings)
+    with pytest.warns(UserWarning, match="training diverged"), pytest.raises(Cut):
+        train(tmp_path / "m", resume=True, epochs=6, schedule=Burst(1), callbacks=[AfterARetreat(6)], **settings)
+    assert checkpoint.read(tmp_path / "m", "numpy").run.lr_epochs == 6
+    train(tmp_path / "m", resume=True, epochs=6, schedule=Burst(), **settings)
+
+
 # ------------------------------------------------------------------------------------- who raised it, and what is told
 
 
@@ -1382,6 +1410,77 @@ def test_a_file_that_goes_before_a_signal_at_the_same_step_is_written_again(tmp_
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "m", checkpoint_every="6 steps")
     assert checkpoint.read(tmp_path / "m", "numpy").run.step == 6
+
+
+def test_a_program_that_hangs_up_twice_hangs_up_once(tmp_path):
+    """A shell and the kernel each send it; other signals are not waited for the second time."""
+    calls = []
+
+    def handler(number, frame):
+        calls.append(number)
+        raise Cut
+
+    class Twice:
+        def on_step(self, run):
+            if run.step == 5:
+                for _ in range(3):
+                    os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        with pytest.raises(Cut):
+            train(tmp_path / "m", callbacks=[Twice()])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert calls == [signal.SIGHUP]
+    assert checkpoint.read(tmp_path / "m", "numpy").run.step == 5
+
+
+def test_a_programs_own_handler_finds_the_network_at_the_step_that_is_told(tmp_path):
+    """One that goes on: also where a graph has put off steps that nobody has waited for."""
+    odd, thetas, found = X.copy(), [], []
+    order, ends = epoch_plan("shuffled", 50, 8, 0, 1)
+    odd[order[ends[1]]] *= 1e7
+
+    class Look:
+        def on_step(self, run):
+            thetas.append(to_host(run.net.theta).copy())
+
+    class Signals:
+        each_step = False
+
+        def on_step(self, run):
+            self.run = run
+            if run.step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with fake_cupy.installed():
+        train(tmp_path / "whole", data=(odd, T), backend="cupy", batch_size=8, callbacks=[Look()], epochs=1)
+        net, signals = bp.Network([4, 6, 3], seed=3, backend="cupy"), Signals()
+        before = signal.signal(signal.SIGTERM, lambda *_: found.append((signals.run.step, to_host(net.theta).copy())))
+        try:
+            bp.train(net, odd, T, optimizer="adam", epochs=1, batch_size=8, callbacks=[signals])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    ((step, theta),) = found
+    assert step == 4
+    np.testing.assert_array_equal(theta, thetas[3])
+
+
+def test_a_directory_that_cannot_be_flushed_holds_the_run_nevertheless(tmp_path, monkeypatch):
+    def fails(target):
+        raise bp.CheckpointError("cannot be flushed", "check the disk", 5)
+
+    monkeypatch.setattr(files, "_flush", fails)
+    with pytest.raises(bp.CheckpointError, match="cannot be flushed") as e:
+        train(tmp_path / "m", checkpoint_every="5 steps")
+    assert e.value.__notes__ == [f"{tmp_path / 'm'} holds the run after step 5"]
+    with pytest.warns(UserWarning, match="no checkpoint of step 5: cannot be flushed"), pytest.raises(KeyError) as e:
+        train(
+            tmp_path / "n", checkpoint_every="5 steps", on_checkpoint_error="warn",
+            callbacks=[lambda run: {}["oh"] if run.epoch == 2 else None],
+        )  # fmt: skip
+    assert e.value.__notes__[-1] == f"{tmp_path / 'n'} holds the run after step 8"
 
 
 def test_a_second_signal_only_while_saving_saves_nothing_else(tmp_path, monkeypatch):
