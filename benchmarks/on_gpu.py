@@ -1065,6 +1065,8 @@ class _EachStep:
     def __init__(self, counts: collections.Counter[str]) -> None:
         self.counts, self.seen = counts, []
 
+    each_step = False  # else each is waited for, which is a copy
+
     def on_step(self, run: bp.Run) -> None:
         """After each step."""
         self.seen.append((run.epoch, {kind: self.counts[kind] for kind in KINDS}))
