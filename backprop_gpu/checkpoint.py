@@ -67,8 +67,7 @@ class RunState:
     `settings`: what must not be another when it goes on, by name, in JSON's words; among them `samples`, `batch_size`,
     `frozen` and `seed`. `epochs`: how many it shall be. `epoch`: how many are closed, and in the history; `position`:
     steps done of the one after these; `step`: of the whole run; `lr`: of the last one, made by a schedule over
-    `lr_epochs` epochs. `samples`, `stopped`,
-    `best_epoch`, `gradient_error`, `retreats`: of the `History`.
+    `lr_epochs` epochs. `samples`, `stopped`, `best_epoch`, `gradient_error`, `retreats`: of the `History`.
 
     `slots`: the optimizer's, each as long as what is trained, the end of theta. `vectors`, each as long as theta:
     "best" (parameters so far, where patience asks for them), "last" (where the run is over, and the network has the

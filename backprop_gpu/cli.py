@@ -649,7 +649,8 @@ class Stopped(BaseException):
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise Stopped({2: "interrupted", 15: "terminated"}.get(number, "hung up"), 128 + number)
+    words = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+    raise Stopped(words.get(signal.Signals(number), "hung up"), 128 + number)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

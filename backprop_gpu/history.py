@@ -77,8 +77,8 @@ class Run:
 class OnStep(Protocol):
     """What is called after every step.
 
-    Where steps are recorded as CUDA graphs, each is waited for then. One with an attribute `each_step` that is False is
-    called after several steps at once instead, which may still be under way on the GPU: it is not to look at theta.
+    On a GPU each is waited for then. One with an attribute `each_step` that is False is called after several steps at
+    once instead, which may still be under way on the GPU: it is not to look at theta.
     """
 
     def on_step(self, run: Run) -> Any:

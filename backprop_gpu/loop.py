@@ -196,8 +196,8 @@ class Loop:
                 run.net.criterion, run.net.task = self._before
             run.step, self._position = diverged - 1, (diverged - 1) % run.steps_per_epoch
             step, _, lr = self._went_on
-            run.lr = self._lrs[self._position - 1] if self._position else self._lr_of_last_epoch()
-            run.lr = lr if run.step == step else run.lr
+            of_last = self._lrs[self._position - 1] if self._position else self._lr_of_last_epoch()
+            run.lr = lr if run.step == step else of_last
             raise DivergenceError(run.epoch, diverged, self._lrs[self._position], self._cost_before())
 
     def _lr_of_last_epoch(self) -> float:

@@ -1062,10 +1062,10 @@ KINDS = ("launches", "products", "allocations", "copies")
 class _EachStep:
     """A callback of `train` that keeps the counts after each step: (epoch, counts)."""
 
+    each_step = False  # else each is waited for, which is a copy
+
     def __init__(self, counts: collections.Counter[str]) -> None:
         self.counts, self.seen = counts, []
-
-    each_step = False  # else each is waited for, which is a copy
 
     def on_step(self, run: bp.Run) -> None:
         """After each step."""

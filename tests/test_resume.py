@@ -47,6 +47,16 @@ class CutAfter:
 OF_METADATA = "sha256_of_metadata"
 
 
+class Thetas:
+    """The parameters after each step."""
+
+    def __init__(self):
+        self.thetas = []
+
+    def on_step(self, run):
+        self.thetas.append(to_host(run.net.theta).copy())
+
+
 def contents(path):
     """All of a checkpoint but what the clock said."""
     content = Path(path).read_bytes()
@@ -1320,13 +1330,9 @@ def test_errors_of_callbacks_are_never_taken_for_those_of_the_run(tmp_path, erro
 @pytest.mark.parametrize("saved", [True, False])
 def test_where_an_error_ends_it_the_network_is_at_the_step_that_is_told(tmp_path, saved):
     """Also where a graph has put off a step that is out of the ordinary, and nobody has waited for it."""
-    odd, thetas = X.copy(), []
+    odd, seen = X.copy(), Thetas()
     order, ends = epoch_plan("shuffled", 50, 8, 0, 1)
     odd[order[ends[1]]] *= 1e7
-
-    class Look:
-        def on_step(self, run):
-            thetas.append(to_host(run.net.theta).copy())
 
     class Fails:
         each_step = False
@@ -1336,14 +1342,14 @@ def test_where_an_error_ends_it_the_network_is_at_the_step_that_is_told(tmp_path
                 raise KeyError(run.step)
 
     with fake_cupy.installed():
-        train(tmp_path / "whole", data=(odd, T), backend="cupy", batch_size=8, callbacks=[Look()], epochs=1)
+        train(tmp_path / "whole", data=(odd, T), backend="cupy", batch_size=8, callbacks=[seen], epochs=1)
         net = bp.Network([4, 6, 3], seed=3, backend="cupy")
         with pytest.raises(KeyError) as e:
             bp.train(
                 net, odd, T, optimizer="adam", epochs=1, batch_size=8, callbacks=[Fails()],
                 save=tmp_path / "m" if saved else None,
             )  # fmt: skip
-        np.testing.assert_array_equal(to_host(net.theta), thetas[e.value.args[0] - 1])
+        np.testing.assert_array_equal(to_host(net.theta), seen.thetas[e.value.args[0] - 1])
     assert f"after step {e.value.args[0]}; the network is at that whole step" in e.value.__notes__[0]
 
 
@@ -1440,13 +1446,9 @@ def test_a_terminal_that_hangs_up_twice_is_one_that_hangs_up_once(tmp_path, monk
 
 def test_a_programs_own_handler_finds_the_network_at_the_step_that_is_told(tmp_path):
     """One that goes on: also where a graph has put off steps that nobody has waited for."""
-    odd, thetas, found = X.copy(), [], []
+    odd, seen, found = X.copy(), Thetas(), []
     order, ends = epoch_plan("shuffled", 50, 8, 0, 1)
     odd[order[ends[1]]] *= 1e7
-
-    class Look:
-        def on_step(self, run):
-            thetas.append(to_host(run.net.theta).copy())
 
     class Signals:
         each_step = False
@@ -1457,7 +1459,7 @@ def test_a_programs_own_handler_finds_the_network_at_the_step_that_is_told(tmp_p
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with fake_cupy.installed():
-        train(tmp_path / "whole", data=(odd, T), backend="cupy", batch_size=8, callbacks=[Look()], epochs=1)
+        train(tmp_path / "whole", data=(odd, T), backend="cupy", batch_size=8, callbacks=[seen], epochs=1)
         net, signals = bp.Network([4, 6, 3], seed=3, backend="cupy"), Signals()
         before = signal.signal(signal.SIGTERM, lambda *_: found.append((signals.run.step, to_host(net.theta).copy())))
         try:
@@ -1466,7 +1468,7 @@ def test_a_programs_own_handler_finds_the_network_at_the_step_that_is_told(tmp_p
             signal.signal(signal.SIGTERM, before)
     ((step, theta),) = found
     assert step == 4
-    np.testing.assert_array_equal(theta, thetas[3])
+    np.testing.assert_array_equal(theta, seen.thetas[3])
 
 
 def test_a_directory_that_cannot_be_flushed_holds_the_run_nevertheless(tmp_path, monkeypatch):
