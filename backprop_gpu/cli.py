@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -35,7 +35,7 @@ from .examples import EXAMPLES
 from .gradient_checks import DIRECTIONS, EPS, TOLERANCE, check_everything, gradient_check, sample_problem
 from .history import Run
 from .initializers import INITIALIZERS
-from .interrupts import STOPPING
+from .interrupts import answer
 from .network import PRECISIONS, Network
 from .optimizers import OPTIMIZERS, Optimizer, choose_optimizer
 from .resume import ON_ERROR, digest
@@ -640,7 +640,7 @@ def _print(result: dict[str, Any], text: str, as_json: bool) -> None:
 
 
 class Stopped(BaseException):
-    """One of STOPPING arrived: the word for it, and the exit code."""
+    """SIGINT, SIGTERM or SIGHUP arrived: the word for it, and the exit code."""
 
     def __init__(self, word: str, code: int) -> None:
         super().__init__(word, code)
@@ -662,9 +662,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a narrow terminal shows what it can
     with contextlib.suppress(ValueError):  # not in the main thread
-        for number in STOPPING:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a script
-                signal.signal(number, _stop)
+        answer(_stop)
     try:
         code = _run(args)
         sys.stdout.flush()
@@ -683,12 +681,8 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 def _run(args: Sequence[str] | None) -> int:
     """The exit code of a command; every error but those of stdout has been told."""
     try:
-        try:
+        with _notes_told():
             cli.main(args=args, prog_name=PROGRAM, standalone_mode=False)
-        except Exception as e:
-            for note in getattr(e, "__notes__", ()):
-                report.tell(f"{PROGRAM}: {note}")
-            raise
     except SystemExit as e:
         return int(e.code or 0)
     except click.exceptions.Exit as e:
@@ -712,6 +706,17 @@ def _run(args: Sequence[str] | None) -> int:
             raise
         return _fail(f"unexpected {type(e).__name__}: {e}", "report this bug with what python -X dev shows", 1)
     return 0
+
+
+@contextlib.contextmanager
+def _notes_told() -> Iterator[None]:
+    """Tell what is noted on an error, before the error itself is told."""
+    try:
+        yield
+    except Exception as e:
+        for note in getattr(e, "__notes__", ()):
+            report.tell(f"{PROGRAM}: {note}")
+        raise
 
 
 def _fail(cause: str, cure: str, code: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,16 @@ HANGUP: int | None = getattr(signal, "SIGHUP", None)  # of a terminal that goes 
 STOPPING: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, *([] if HANGUP is None else [HANGUP]))
 _in_training: set[int] = set()
 _in_training_lock = threading.Lock()
+
+
+def answer(handler: Callable[[int, FrameType | None], Any]) -> None:
+    """Let `handler` answer STOPPING, but for signals that are ignored, as in the background of a script.
+
+    Raises ValueError outside the main thread, as signal.signal does.
+    """
+    for number in STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -9,7 +10,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,25 +91,33 @@ class Checkpoints:
         """Write it, unless the run stands where it stood. `last`: the run ends here. Raises CheckpointError."""
         self._written, step = time.monotonic(), ""
         try:
-            try:
+            with self._as_checkpoint_errors():
                 run = state()
                 step = f" of step {run.step}"
-                if run.stands == self.saved and self.kept() is not None:
-                    return
-                before = self._seen()
-                try:
-                    checkpoint.write(net, self.path, run)
-                finally:
-                    if (now := self._seen()) not in (None, before):  # also where its directory could not be flushed
-                        self.saved, self._known = run.stands, now
-            except MemoryError:
-                raise CheckpointError(f"{self.name} is not written: out of memory", "free some memory") from None
-            except (TypeError, ValueError) as e:
-                raise CheckpointError(f"{self.name} is not written: {_shown(e)}", "leave the history as it is") from e
+                if run.stands != self.saved or self.kept() is None:
+                    self._replace(net, run)
         except CheckpointError as e:
             if last or self.on_error == "raise":
                 raise
             warnings.warn(f"no checkpoint{step}: {e.cause}; the run goes on", stacklevel=2)
+
+    @contextlib.contextmanager
+    def _as_checkpoint_errors(self) -> Iterator[None]:
+        """While a state is gathered and written."""
+        try:
+            yield
+        except MemoryError:
+            raise CheckpointError(f"{self.name} is not written: out of memory", "free some memory") from None
+        except (TypeError, ValueError) as e:
+            raise CheckpointError(f"{self.name} is not written: {_shown(e)}", "leave the history as it is") from e
+
+    def _replace(self, net: Network, run: RunState) -> None:
+        before = self._seen()
+        try:
+            checkpoint.write(net, self.path, run)
+        finally:
+            if (now := self._seen()) not in (None, before):  # also where its directory could not be flushed
+                self.saved, self._known = run.stands, now
 
     def kept(self) -> int | None:
         """After which step the run is in the file; None where there is none, or another's by now."""
