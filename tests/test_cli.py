@@ -562,6 +562,15 @@ main()
     assert lines[1].startswith("backprop-gpu: terminated ")
 
 
+def test_what_is_noted_on_an_error_is_told_before_it(tmp_path, folder):
+    args = "train", "--data", folder, "--layers", "4,3", "--output", "identity", "--optimizer", "sgd:lr=1e30"
+    kept = "--save", tmp_path / "m", "--checkpoint-every", "1 step", "--batch-size", 1
+    lines = run(*args, "--cost", "squared_error", *kept, code=1).stderr.splitlines()
+    step = report.model(tmp_path / "m")["run"]["step"]
+    assert lines[-3] == f"backprop-gpu: {tmp_path / 'm'} holds the run after step {step}"
+    assert lines[-2].startswith("backprop-gpu: error: training diverged in epoch ")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_after_all_is_done(number, code):
     script = f"""
